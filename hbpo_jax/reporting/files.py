@@ -1,0 +1,141 @@
+"""Files of a run: atomic writes, strict JSON, and JSON Lines logs that survive a resume."""
+
+from collections.abc import Mapping
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from absl import logging
+import numpy as np
+
+
+def atomic_write_bytes(path: str | os.PathLike, data: bytes) -> None:
+  """Writes a file so that a reader, or a crash, finds the old file or the new one and nothing between.
+
+  The bytes go to a file aside in the same directory, reach the disk, and then take the name by `os.replace`.
+
+  Args:
+    path: file to write; missing parent directories are made.
+    data: contents.
+  Raises:
+    OSError: when the directory cannot be written; nothing is left behind.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(aside, "wb") as f:
+      f.write(data)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(aside, path)
+  finally:
+    aside.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: str | os.PathLike, text: str) -> None:
+  """`atomic_write_bytes` of text in UTF-8; lone surrogates, which UTF-8 cannot hold, become '?'."""
+  atomic_write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def json_value(value: Any) -> Any:
+  """The same value as strict JSON knows it.
+
+  NumPy and JAX scalars and arrays become numbers and lists, tuples become lists, a number that is not finite
+  becomes None (strict JSON has no NaN), and lone surrogates in text become U+FFFD.
+
+  Raises:
+    TypeError: when the value is of a kind that JSON does not hold.
+  """
+  if value is None or isinstance(value, bool | int):
+    return value
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if isinstance(value, str):
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+  if isinstance(value, Mapping):
+    return {str(k): json_value(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [json_value(v) for v in value]
+  if isinstance(value, os.PathLike):
+    return os.fspath(value)
+  if hasattr(value, "__array__"):
+    return json_value(np.asarray(value).tolist())
+  raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+  """One line of strict, pure ASCII JSON with its newline; ASCII so that `cat` cannot reach the terminal's controls."""
+  return json.dumps(json_value(row), allow_nan=False) + "\n"
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The rows of a JSON Lines log in order; a last line cut off by a kill is left out.
+
+  Raises:
+    FileNotFoundError: when there is no such file.
+    ValueError: when another line is not a JSON object with a whole number `step`.
+  """
+  return [row for _, row in _read_lines(pathlib.Path(path))]
+
+
+class StepFile:
+  """A JSON Lines file with strictly increasing `step`, appended and flushed row by row.
+
+  A run that resumes at step k will compute the steps from k on anew; rows of an earlier attempt with step >= k are
+  dropped at construction, so the file ends up with every step once.
+
+  Args:
+    path: the file; made if missing.
+    resume_step: first step that this attempt will run; 0 drops every earlier row.
+  """
+
+  def __init__(self, path: str | os.PathLike, resume_step: int = 0):
+    self._path = pathlib.Path(path)
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if self._path.exists():
+      lines = _read_lines(self._path)
+      kept = [(line, row) for line, row in lines if row["step"] < resume_step]
+      if dropped := len(lines) - len(kept):
+        logging.info("%s: dropped %d rows of an earlier attempt from step %d on.", self._path, dropped, resume_step)
+      # Rewritten even when all rows stay: the file may end in half a line.
+      atomic_write_bytes(self._path, b"".join(line for line, _ in kept))
+    self._last_step = kept[-1][1]["step"] if kept else -1
+    self._file = open(self._path, "a", encoding="ascii")  # noqa: SIM115 (open for the run; see close)
+
+  def write(self, step: int, rows: list[Mapping[str, Any]]) -> None:
+    """Appends the rows of one step, `step` first in each, and flushes.
+
+    Raises:
+      ValueError: when rows of this or a later step are already there, or a row has a `step` of its own.
+    """
+    if step <= self._last_step:
+      raise ValueError(f"step={step} comes after step {self._last_step} in {self._path}; steps must increase.")
+    if any("step" in row for row in rows):
+      raise ValueError(f"a row for {self._path} has a field 'step' of its own; rename it.")
+    self._file.write("".join(json_line({"step": int(step), **row}) for row in rows))
+    self._file.flush()
+    self._last_step = int(step)
+
+  def close(self) -> None:
+    """Closes the file; calling it again does nothing."""
+    self._file.close()
+
+
+def _read_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
+  lines = path.read_bytes().splitlines(keepends=True)
+  found = []
+  for i, line in enumerate(lines):
+    if i == len(lines) - 1 and not line.endswith(b"\n"):
+      break  # The writer was killed in the middle of this line.
+    try:
+      row = json.loads(line)
+    except ValueError as e:
+      raise ValueError(f"{path} line {i + 1} is not JSON ({e}); remove that line or move the file away.") from e
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+      raise ValueError(f"{path} line {i + 1} has no whole number 'step'; remove that line or move the file away.")
+    found.append((line, row))
+  return found

@@ -1,0 +1,99 @@
+"""What a training step leaves behind for people, written while the next step runs."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from hbpo_jax import config as config_lib
+from hbpo_jax.config import Config
+from hbpo_jax.data.record import Problem
+from hbpo_jax.reporting import metrics as metrics_lib
+from hbpo_jax.reporting.console import Console
+from hbpo_jax.reporting.samples import SampleLog
+from hbpo_jax.reporting.writers import MetricWriter
+from hbpo_jax.structs import Rollouts
+
+# Metrics of minibatches of which a step shows the largest, or the sum; of all others it shows the mean.
+_MAXIMA, _TOTALS = ("ratio_max",), ("nonfinite", "tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+  """The facts of one step. Arrays may still be on the device.
+
+  problems: B problems.  responses: B * G * J texts in (query, budget, rollout) order.
+  reasons: B * G * J verdict reasons.  score_BGJ: float [B, G, J], 0..1.
+  rollouts: host copy.  reward_BGJ: [B, G, J].  advantage: of objective.advantage.compute.
+  updates: metrics of each minibatch.  extra: further metrics of the step.  seconds: wall time by stage.
+  """
+  problems: Sequence[Problem]
+  responses: Sequence[str]
+  reasons: Sequence[str]
+  score_BGJ: np.ndarray
+  rollouts: Rollouts
+  reward_BGJ: Any
+  advantage: Any
+  updates: Sequence[Mapping[str, Any]]
+  extra: Mapping[str, Any]
+  seconds: Mapping[str, float]
+
+
+class StepLog:
+  """Metrics, samples and the live view of a run; `defer` a step, `flush` it when the device is busy again."""
+
+  def __init__(
+      self, cfg: Config, workdir: str | os.PathLike, start_step: int, console: Console, n_prefix_G: Sequence[int]):
+    self._cfg, self._console, self._n_prefix_G = cfg, console, n_prefix_G
+    self._writer = MetricWriter(workdir, cfg.log, config_lib.to_json_dict(cfg), start_step)
+    self._samples = SampleLog(workdir, cfg.log, start_step)
+    self._pending: tuple[int, StepRecord] | None = None
+
+  def defer(self, step: int, record: StepRecord) -> None:
+    """Keeps a finished step until `flush`."""
+    self.flush()
+    self._pending = (step, record)
+
+  def flush(self) -> None:
+    """Writes and shows the step that was deferred, if there is one."""
+    if self._pending is None:
+      return
+    (step, record), self._pending = self._pending, None
+    record = dataclasses.replace(
+        record, reward_BGJ=np.asarray(record.reward_BGJ), advantage=jax.device_get(record.advantage),
+        updates=jax.device_get(record.updates), extra=jax.device_get(record.extra))
+    metrics = self._metrics(record)
+    self._writer.write(step, metrics)
+    self._console.step(step, metrics)
+    if self._samples.due(step):
+      rows = self._samples.write(
+          step, problems=[p.problem for p in record.problems], answers=[p.answer for p in record.problems],
+          budgets=self._cfg.rollout.budgets, responses=record.responses, verdicts=record.reasons,
+          n_gen_BGJ=record.rollouts.n_gen_BGJ, reward_BGJ=record.reward_BGJ,
+          advantage_BGJ=record.advantage.total_BGJ)
+      if rows:
+        self._console.sample(rows[0])
+
+  def close(self) -> None:
+    """Writes what is pending and closes all files; calling it again does nothing."""
+    self.flush()
+    self._writer.close()
+    self._samples.close()
+
+  def _metrics(self, record: StepRecord) -> dict[str, float]:
+    metrics = metrics_lib.step_metrics(
+        record.rollouts, budgets=self._cfg.rollout.budgets, n_prefix_G=np.asarray(self._n_prefix_G),
+        reward_BGJ=record.reward_BGJ, score_BGJ=record.score_BGJ, advantage=record.advantage, reasons=record.reasons)
+    for name in record.updates[0]:
+      values = [float(update[name]) for update in record.updates]
+      total = max(values) if name in _MAXIMA else sum(values)
+      metrics[f"update/{name}"] = total if name in _MAXIMA + _TOTALS else total / len(values)
+    metrics |= {f"sampler/{name}": float(value) for name, value in record.extra.items()}
+    metrics |= {f"time/{name}": value for name, value in record.seconds.items()}
+    total_s = sum(record.seconds.values())
+    metrics["time/step_s"] = total_s
+    metrics["tokens_per_s"] = float(record.rollouts.n_gen_BGJ.sum()) / total_s
+    return metrics
