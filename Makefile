@@ -1,0 +1,82 @@
+# Everything starts from a Python of at least 3.11; each target makes .venv and installs what it needs.
+#
+#   PYTHON=python3.12    interpreter for .venv (default: the first of python3, python3.11 ... that is new enough)
+#   TORCH=torch          requirement for PyTorch, which only the tests use, as a reference
+#   TORCH_INDEX=URL      index to take it from; without one, Linux gets a build with CUDA, of several GB:
+#                        make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+WORKERS ?= 2
+SEEDS ?= 0 1 2
+RUNS ?= runs
+
+new_enough = import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
+	if command -v $$p >/dev/null 2>&1 && $$p -c '$(new_enough)' 2>/dev/null; then echo $$p; break; fi; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup quickstart warmstart miniature test test-all lint bench clean
+
+help:  ## This list.
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 22
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(new_enough)' || { \
+	  echo "error: hbpo_jax needs Python 3.11 or newer; install one and run make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
+
+$(VENV)/.runtime: pyproject.toml | $(BIN)/python
+	@echo "installing hbpo_jax into $(VENV) ..."
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.runtime
+	@echo "installing the test and development tools into $(VENV) ..."
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(PIP) --editable '.[test,dev,gin]'
+	@touch $@
+
+setup: $(VENV)/.test  ## Create .venv with the package, the test and the development tools.
+
+quickstart: $(VENV)/.runtime  ## Warm start, HBPO and the before/after table on a CPU (RUNS/quickstart).
+	JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.sft --config=configs/quickstart.py --workdir=$(RUNS)/quickstart/warmstart
+	JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.train --config=configs/quickstart.py --workdir=$(RUNS)/quickstart \
+	  --config.model.path=$(RUNS)/quickstart/warmstart/export
+
+warmstart: $(VENV)/.runtime  ## Only the supervised warm start of the quickstart.
+	JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.sft --config=configs/quickstart.py --workdir=$(RUNS)/quickstart/warmstart
+
+miniature: $(VENV)/.runtime  ## The quickstart on SEEDS (default: 0 1 2), each with its own warm start, and its tables.
+	@for seed in $(SEEDS); do \
+	  run=$(RUNS)/miniature/seed_$$seed; \
+	  JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.sft --config=configs/quickstart.py --workdir=$$run/warmstart \
+	    --config.seed=$$seed || exit 1; \
+	  JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.train --config=configs/quickstart.py --workdir=$$run \
+	    --config.seed=$$seed --config.model.path=$$run/warmstart/export || exit 1; \
+	done
+	@for seed in $(SEEDS); do echo "seed $$seed"; cat $(RUNS)/miniature/seed_$$seed/summary.md; echo; done
+
+test: $(VENV)/.test  ## The tests, without the slow ones.
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+test-all: $(VENV)/.test  ## All tests.
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "slow or not slow" $(ARGS)
+
+lint: $(VENV)/.test  ## ruff and pyright.
+	$(BIN)/ruff check .
+	$(BIN)/pyright hbpo_jax
+
+bench: $(VENV)/.runtime  ## Every script in benchmarks/; each prints one JSON line.
+	@found=0; for script in benchmarks/*.py; do \
+	  test -e $$script || continue; found=1; echo "$$script"; $(BIN)/python $$script || exit 1; \
+	done; test $$found = 1 || echo "benchmarks/ holds no script yet"
+
+clean:  ## Remove .venv and caches; runs stay.
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find hbpo_jax tests configs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

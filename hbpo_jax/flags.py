@@ -1,0 +1,293 @@
+"""The front end of every command: --config, overrides, gin, --help, and one clear line per error.
+
+Order of precedence, lowest first: the config file, a profile named by an override, gin, --config.field=value.
+"""
+
+import ast
+from collections.abc import Callable, Sequence
+import copy
+import dataclasses
+import difflib
+import linecache
+import pathlib
+import re
+import runpy
+import sys
+import traceback
+from typing import Any
+
+from absl import flags as absl_flags
+from ml_collections import config_dict, config_flags
+
+from hbpo_jax import config, gin_front
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+_HELP = ("-h", "-help", "--help", "-?", "--helpfull", "--helpshort")
+# Trouble with files is the reader's to mend wherever it was raised.
+_FILE_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+  """A parsed command line. `cfg` is typed but not validated against devices or a model."""
+  cfg: config.Config
+  workdir: str
+
+
+def run(main: Callable[[config.Config, str], Any], *, name: str, description: str,
+        argv: Sequence[str] | None = None) -> None:
+  """Runs `main(cfg, workdir)` with the settings of the command line.
+
+  A ValueError that this package raises on purpose and a missing or unreadable file end the program with one line on
+  stderr and exit code 2 (`--traceback` shows where); any other exception is a defect and keeps its traceback.
+
+  Args:
+    main: the command, (cfg, workdir) -> anything.
+    name: how the command is called, such as "python -m hbpo_jax.train".
+    description: what it does; the text of --help.
+    argv: arguments after the program name; None means those of the process.
+  Raises:
+    SystemExit: 0 after --help, 2 after an error of the user's.
+  """
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  if any(a in _HELP for a in arguments):
+    print(usage(name, description))
+    sys.exit(0)
+  try:
+    line = parse(arguments, name=name)
+    main(line.cfg, line.workdir)
+  except (ValueError, *_FILE_ERRORS) as error:
+    if not _is_meant_for_user(error):
+      raise
+    if wants_traceback(arguments):
+      traceback.print_exc()
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(argv: Sequence[str], *, name: str = "hbpo_jax") -> CommandLine:
+  """The settings and the working directory that a command line asks for.
+
+  Raises:
+    ValueError: when a flag, field, value or config name is not understood; names it and the remedy.
+    FileNotFoundError: when the config or gin file does not exist.
+  """
+  source, cleared, arguments = _normalise(argv)
+  values = absl_flags.FlagValues()
+  absl_flags.DEFINE_string("workdir", None, "Directory of everything the run writes.", flag_values=values)
+  absl_flags.DEFINE_multi_string("gin_file", [], "A gin file.", flag_values=values)
+  absl_flags.DEFINE_multi_string("gin_param", [], "A gin binding.", flag_values=values)
+  absl_flags.DEFINE_bool("traceback", False, "Show where an error was raised.", flag_values=values)
+  base = config.new() if source is None else load_config(source)
+  config_flags.DEFINE_config_dict("config", copy.deepcopy(base), flag_values=values, sys_argv=[name, *arguments])
+  try:
+    positional = values([name, *arguments])[1:]
+  except absl_flags.Error as error:
+    raise ValueError(_explain(str(error))) from error
+  if positional:
+    raise ValueError(f"argument {positional[0]!r} is not understood; settings are given as --config.field=value.")
+  if source is None and not (values.gin_file or values.gin_param):
+    raise ValueError(f"--config is missing; give a file or one of: {', '.join(config_names())}.")
+  if not values.workdir:
+    raise ValueError("--workdir is missing; give the directory that the run writes to.")
+  from_gin = gin_front.read(values.gin_file, values.gin_param) if values.gin_file or values.gin_param else {}
+  overrides = from_gin | config_flags.get_override_values(values["config"]) | cleared
+  return CommandLine(cfg=build(base, overrides), workdir=str(pathlib.Path(values.workdir).expanduser()))
+
+
+def build(base: config_dict.ConfigDict, overrides: dict[str, Any]) -> config.Config:
+  """The Config of a config file's ConfigDict and overrides by dotted field name.
+
+  An override of `profile` sets the fields that profiles govern, except those that the file itself moved away from its
+  own profile; other overrides come after it.
+
+  Raises:
+    ValueError: when a field or its type is wrong.
+  """
+  config.from_config_dict(base)  # names what the file itself got wrong
+  cd = copy.deepcopy(base)
+  profile = overrides.get("profile", cd.profile)
+  if profile != cd.profile:
+    config.apply_profile(cd, profile, keep=edited_from_profile(cd))
+  table = config.field_table()
+  for name, value in overrides.items():
+    parent, _, leaf = name.rpartition(".")
+    if isinstance(value, list) and table[name].type == tuple[int, ...]:
+      value = tuple(value)
+    try:
+      (config.get(cd, parent) if parent else cd)[leaf] = value
+    except TypeError as error:
+      raise ValueError(f"config.{name}={value!r} has the wrong type; give {_kind(table[name].type)}.") from error
+  return config.from_config_dict(cd)
+
+
+def edited_from_profile(cfg: Any) -> frozenset[str]:
+  """The profile-governed fields of a Config or ConfigDict whose value is not its profile's."""
+  table = config.field_table()
+  if cfg.profile not in config.PROFILES:
+    raise ValueError(f"config.profile={cfg.profile!r} does not exist; choose one of {sorted(config.PROFILES)}.")
+  expected = config.PROFILES[cfg.profile]
+  governed = {name for row in config.PROFILES.values() for name in row}
+  return frozenset(n for n in governed if config.get(cfg, n) != expected.get(n, table[n].default))
+
+
+def configs_dir() -> pathlib.Path:
+  """Where the shipped configs lie: inside an installed package, or at the top of a source checkout."""
+  inside = _PACKAGE / "configs"
+  return inside if inside.is_dir() else _PACKAGE.parent / "configs"
+
+
+def config_names() -> list[str]:
+  """Names that `--config=NAME` finds."""
+  return sorted(p.stem for p in configs_dir().glob("*.py") if not p.stem.startswith("_"))
+
+
+def load_config(source: str) -> config_dict.ConfigDict:
+  """The ConfigDict of a config file, as its `get_config()` returns it.
+
+  Args:
+    source: path of a Python file with `get_config()`, or the name of a shipped config.
+  Raises:
+    FileNotFoundError: when there is no such file or name; lists the names.
+    ValueError: when the file fails or returns something else; names the line.
+  """
+  path = configs_dir() / f"{source}.py" if source in config_names() else pathlib.Path(source).expanduser()
+  if not path.is_file():
+    near = difflib.get_close_matches(path.stem, config_names(), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise FileNotFoundError(
+        f"--config={source} is neither a file nor a shipped config; {hint}shipped: {', '.join(config_names())}.")
+  try:
+    cd = runpy.run_path(str(path))["get_config"]()
+  except (AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:
+    raise ValueError(f"--config={source} fails{_line_in(path, error)}: {_text(error)}; mend the file.") from error
+  if not isinstance(cd, config_dict.ConfigDict):
+    raise ValueError(
+        f"--config={source}: get_config() returned {type(cd).__name__}; return that of hbpo_jax.config.new().")
+  return cd
+
+
+def usage(name: str, description: str) -> str:
+  """The text of --help: the command, its flags, and every setting with its default and meaning."""
+  lines = [
+      description.strip(), "",
+      f"usage: {name} --config=NAME_OR_FILE --workdir=DIR [--config.field=value ...]", "",
+      f"  --config=NAME_OR_FILE  a file with get_config(), or one of: {', '.join(config_names())}",
+      "  --config.field=value   override a setting (below); tuples as 16,32; 'none' clears an optional number",
+      "  --workdir=DIR          directory of everything the run writes",
+      "  --gin_file=FILE        gin file with the same settings, such as RolloutConfig.queries = 8 (repeatable)",
+      "  --gin_param=BINDING    one gin binding (repeatable); overrides go: config file, gin, --config.field",
+      "  --traceback            show where an error was raised",
+      "  --help                 this text", "",
+      "settings, with the paper's defaults; a config's profile and file may differ:", "",
+  ]
+  for field, f in config.field_table().items():
+    lines += [f"  --config.{field}={_show(f.default)}", f"      {f.metadata['help']}"]
+  return "\n".join(lines)
+
+
+def wants_traceback(argv: Sequence[str]) -> bool:
+  """Whether --traceback was given; asked before parsing, so that it also serves errors of parsing."""
+  return any(a in ("--traceback", "--traceback=true", "-traceback") for a in argv)
+
+
+def _normalise(argv: Sequence[str]) -> tuple[str | None, dict[str, None], list[str]]:
+  """(config source, optional fields set to none, the other arguments with overrides as --config.field=value)."""
+  source, cleared, rest = None, {}, []
+  todo = list(argv)
+  while todo:
+    argument = todo.pop(0)
+    flag, equals, text = argument.partition("=")
+    if not re.fullmatch(r"--?(no)?config(\..*)?", flag):
+      rest.append(argument)
+      continue
+    field = _field(flag)
+    if not equals and not _is_switch(field):
+      if not todo or todo[0].startswith("--"):
+        raise ValueError(f"{flag} has no value; write {flag}=value.")
+      text, equals = todo.pop(0), "="
+    if not field:
+      if source is not None:
+        raise ValueError(f"--config is given twice, {source} and {text}; give one.")
+      source = text
+    elif config.field_table()[field].type == float | None and text.lower() == "none":
+      cleared[field] = None
+    else:
+      cleared.pop(field, None)
+      rest.append(f"{flag}{equals}{_tuple_text(field, text)}" if equals else flag)
+  return source, cleared, rest
+
+
+def _field(flag: str) -> str:
+  """The dotted field of --config.FIELD or --noconfig.FIELD; '' for --config itself."""
+  negated = flag.lstrip("-").startswith("no")
+  field = flag.lstrip("-").removeprefix("no").removeprefix("config").removeprefix(".")
+  table = config.field_table()
+  if field and field not in table:
+    inside = [n for n in table if n.startswith(field + ".")]
+    # The last part alone finds budgets under rollout.
+    near = inside or difflib.get_close_matches(field, table, n=3, cutoff=0.7) or [
+        n for n in table if n.rpartition(".")[2] == field.rpartition(".")[2]]
+    hint = f"did you mean {' or '.join('config.' + n for n in near[:3])}?" if near else "--help lists all settings."
+    raise ValueError(f"config.{field} is not a setting; {hint}")
+  if negated and not _is_switch(field):
+    raise ValueError(f"{flag} negates a setting that is not true or false; write --config.{field}=value.")
+  return field
+
+
+def _is_switch(field: str) -> bool:
+  return bool(field) and config.field_table()[field].type is bool
+
+
+def _tuple_text(field: str, text: str) -> str:
+  """The text of a value; that of a tuple brought into the one form that config_flags reads as intended."""
+  if config.field_table()[field].type != tuple[int, ...]:
+    return text
+  try:
+    value = ast.literal_eval(text or "()")
+  except (ValueError, SyntaxError) as error:
+    raise ValueError(f"config.{field}={text!r} has the wrong type; give {_kind(tuple[int, ...])}.") from error
+  return repr(tuple(value) if isinstance(value, (tuple, list)) else (value,))
+
+
+def _explain(message: str) -> str:
+  """absl's message, in our words where a setting's value is at fault."""
+  if bad := re.match(r"flag --(?:no)?config\.([\w.]+)=(.*?): ", message, flags=re.DOTALL):
+    kind = config.field_table()[bad[1]].type
+    return f"config.{bad[1]}={bad[2]!r} has the wrong type; give {_kind(kind)}."
+  return f"{message.rstrip('.')}; --help lists all flags."
+
+
+def _kind(kind: Any) -> str:
+  return {
+      int: "an integer", float: "a number", bool: "true or false", str: "text", float | None: "a number or none",
+      tuple[int, ...]: "integers such as 512,1024",
+  }[kind]
+
+
+def _show(value: Any) -> str:
+  if isinstance(value, tuple):
+    return ",".join(map(str, value)) or "()"
+  return {True: "true", False: "false", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _text(error: BaseException) -> str:
+  text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+  return f"{type(error).__name__}: {' '.join(text.split())}".rstrip(".")
+
+
+def _line_in(path: pathlib.Path, error: BaseException) -> str:
+  if isinstance(error, SyntaxError):
+    return f" at line {error.lineno}"
+  numbers = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+  return f" at line {numbers[-1]}" if numbers else ""
+
+
+def _is_meant_for_user(error: BaseException) -> bool:
+  """Whether an exception was raised on purpose for the reader, by a `raise` in this package."""
+  if isinstance(error, _FILE_ERRORS):
+    return True
+  frames = traceback.extract_tb(error.__traceback__)
+  last = frames[-1]
+  inside = pathlib.Path(last.filename).resolve().is_relative_to(_PACKAGE)
+  return inside and linecache.getline(last.filename, last.lineno or 0).lstrip().startswith("raise")

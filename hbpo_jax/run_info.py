@@ -1,0 +1,183 @@
+"""What a run is made of: run.json, and how its profile differs from the paper."""
+
+from collections.abc import Mapping
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import jax
+
+import hbpo_jax
+from hbpo_jax import config, flags
+
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy",
+              "ml_collections", "math-verify", "libtpu")
+
+
+def describe_profile(cfg: config.Config) -> list[str]:
+  """Lines that say where the run leaves the paper: one heading, then one line per profile-governed field.
+
+  A field is listed when its value is not the paper's, or not that of the named profile (the config or the command
+  line changed it). Settings that no profile governs, such as budgets or learning rate, are not listed.
+  """
+  table = config.field_table()
+  edited = flags.edited_from_profile(cfg)
+  governed = {name for row in config.PROFILES.values() for name in row}
+  lines = []
+  for name in table:
+    value, paper = config.get(cfg, name), table[name].default
+    if name not in governed or (value == paper and name not in edited):
+      continue
+    named = config.PROFILES[cfg.profile].get(name, paper)
+    also = f", profile {cfg.profile}: {named!r}" if name in edited and named != paper else ""
+    lines.append(f"  {name} = {value!r} (paper: {paper!r}{also})")
+  if not lines:
+    return [f"profile {cfg.profile}: the paper's settings"]
+  return [f"profile {cfg.profile}, differing from the paper in:", *lines]
+
+
+def write_run_json(workdir: str | os.PathLike, cfg: config.Config, mesh: jax.sharding.Mesh,
+                   extra: Mapping[str, Any] | None = None) -> None:
+  """Writes WORKDIR/run.json, whole or not at all: settings, versions, devices, mesh, git commit, command line.
+
+  A rerun (a resumed run) replaces the file and keeps the starts before it under `earlier_starts`. In a run of several
+  processes only the first writes.
+
+  Args:
+    workdir: existing or new directory.
+    cfg: the settings.
+    mesh: the device mesh of the run.
+    extra: more entries of plain JSON values.
+  Raises:
+    ValueError: when `extra` repeats an entry, or an existing run.json cannot be read.
+  """
+  if jax.process_index() != 0:
+    return
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / "run.json"
+  now = datetime.datetime.now(datetime.UTC)
+  entries = {
+      "hbpo_jax": hbpo_jax.__version__,
+      "started": now.isoformat(timespec="seconds"),
+      "command": shlex.join(sys.argv),
+      "earlier_starts": _earlier_starts(path),
+      "git": git_state(pathlib.Path(__file__).resolve().parent),
+      "profile_differences": describe_profile(cfg),
+      "config": config.to_json_dict(cfg),
+      "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
+      "devices": _devices(mesh),
+      "python": platform.python_version(),
+      "platform": platform.platform(),
+      "versions": library_versions(),
+  }
+  if repeated := sorted(set(entries) & set(extra or {})):
+    raise ValueError(f"extra={repeated[0]!r} is already an entry of run.json; choose another name.")
+  _write_atomically(path, json.dumps(entries | dict(extra or {}), indent=2, allow_nan=False) + "\n")
+
+
+def library_versions() -> dict[str, str | None]:
+  """Installed versions of the libraries that decide a run's results; None for one that is not installed."""
+  versions = {}
+  for name in _LIBRARIES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = None
+  return versions
+
+
+def git_state(folder: pathlib.Path) -> dict[str, Any] | None:
+  """The commit of the checkout that holds `folder`, and whether files differ from it; None outside a checkout."""
+  def git(*arguments: str) -> subprocess.CompletedProcess:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+  try:
+    # An installed package may lie inside a checkout of something else, such as a virtual environment in a project.
+    if git("ls-files", "--error-unmatch", "__init__.py").returncode != 0:
+      return None
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no")
+  except (FileNotFoundError, subprocess.TimeoutExpired):
+    return None
+  if commit.returncode != 0:
+    return None
+  return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+
+
+def _earlier_starts(path: pathlib.Path) -> list[dict[str, str]]:
+  if not path.exists():
+    return []
+  try:
+    before = json.loads(path.read_text(encoding="utf-8"))
+    return [*before["earlier_starts"], {"started": before["started"], "command": before["command"]}]
+  except (json.JSONDecodeError, KeyError, TypeError) as error:
+    raise ValueError(f"{path} is not a run.json of this program; remove it or choose another --workdir.") from error
+
+
+def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  device = mesh.devices.flat[0]
+  return {"platform": device.platform, "kind": device.device_kind, "used": int(mesh.devices.size),
+          "present": jax.device_count(), "processes": jax.process_count()}
+
+
+def _write_atomically(path: pathlib.Path, text: str) -> None:
+  descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  temporary = pathlib.Path(name)
+  try:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.chmod(0o644)
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+# Settings that may change between the attempts of one run without changing what it learns, by dotted prefix.
+_FREE_ON_RESUME = (
+    "model.path", "model.revision", "model.remat", "data.n_eval", "data.eval_", "data.data_dir", "eval.", "mesh.",
+    "grading.", "checkpoint.", "log.", "sft.", "learner.microbatch_rows", "learner.logprob_chunk")
+
+
+def check_resume(cfg: config.Config, saved: Mapping[str, Any]) -> list[str]:
+  """Lines that say which settings differ from those of the checkpoint, all of them harmless.
+
+  Args:
+    cfg: the settings of this attempt.
+    saved: nested dict of the settings that the checkpoint was saved under.
+  Raises:
+    ValueError: when a setting that changes what is learned differs; names it, both values and the remedy.
+  """
+  lines = []
+  for name in config.field_table():
+    here, there = config.get(cfg, name), _nested(saved, name)
+    there = tuple(there) if isinstance(there, list) else there
+    if here == there:
+      continue
+    longer = name == "steps" and cfg.optimizer.schedule == "constant"
+    if not longer and not name.startswith(_FREE_ON_RESUME):
+      raise ValueError(
+          f"config.{name}={here!r}, but the checkpoint in this workdir was trained with {there!r}; set it back, or "
+          "give another --workdir to start a new run.")
+    lines.append(f"config.{name}: {here!r}, was {there!r}")
+  return lines
+
+
+def _nested(tree: Mapping[str, Any], name: str) -> Any:
+  """The entry of a dotted name; None where it does not exist (a setting newer than the checkpoint)."""
+  for part in name.split("."):
+    if not isinstance(tree, Mapping) or part not in tree:
+      return None
+    tree = tree[part]
+  return tree

@@ -1,0 +1,129 @@
+"""The pytrees that pass between rooms, and the one reshape pair between groups and rows.
+
+Dimension letters: B queries, G budgets, J rollouts per budget, N = G * J,
+R = B * N rows, P prompt slots, F prefix slots, C_g completion slots of subgroup g, C = max C_g.
+"""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@struct.dataclass
+class Prompts:
+  """Prompts of one step, ready for the sampler.
+
+  tokens_BP: int32 [B, P], left-padded: the real tokens are the last n_prompt_B. The pad id is arbitrary;
+    only n_prompt_B says what is padding.
+  n_prompt_B: int32 [B], real tokens of each prompt, 1..P.
+  prefix_GF: int32 [G, F], forced opening of each subgroup (budget sentence), right-padded.
+  n_prefix_G: int32 [G], real tokens of each prefix, 0..F.
+  query_B: int32 [B], identity of the query within the step, for random keys (its position in the global batch).
+  """
+  tokens_BP: jax.Array | np.ndarray
+  n_prompt_B: jax.Array | np.ndarray
+  prefix_GF: jax.Array | np.ndarray
+  n_prefix_G: jax.Array | np.ndarray
+  query_B: jax.Array | np.ndarray
+
+
+@struct.dataclass
+class Rollouts:
+  """Responses of one step. Completion slot 0 follows the last prompt token.
+
+  tokens: G arrays int32 [B, J, C_g]: prefix, sampled tokens, EOS if finished; then padding of arbitrary id.
+  completion_mask: G arrays bool [B, J, C_g], True = token of the response that carries loss (sampled tokens and
+    EOS; prefix tokens only when prompt.prefix_role is 'action'). From the sampler's done flags, never from ids.
+  logp_sampler: G arrays float32 [B, J, C_g], log-probability of each real token (forced ones too) under the
+    distribution it was drawn from (temperature, top-p, top-k applied; forced tokens: temperature only); 0 at padding.
+  n_tokens_BGJ: int32 [B, G, J], real tokens in the array: prefix, sampled, EOS.
+  n_gen_BGJ: int32 [B, G, J], counted tokens: sampled and EOS, plus the prefix if rollout.count_prefix_tokens.
+  truncated_BGJ: bool [B, G, J], True = stopped by the cap, no EOS.
+  """
+  tokens: tuple[jax.Array, ...]
+  completion_mask: tuple[jax.Array, ...]
+  logp_sampler: tuple[jax.Array, ...]
+  n_tokens_BGJ: jax.Array
+  n_gen_BGJ: jax.Array
+  truncated_BGJ: jax.Array
+
+
+@struct.dataclass
+class Batch:
+  """Rows for scoring and updating: prompt (left-padded) then completion (right-padded), T = P + C.
+
+  tokens_RT: int32 [R, T].
+  segment_RT: int32 [R, T], 1 = real token, 0 = padding. Attention stays within a segment.
+  position_RT: int32 [R, T], rotary position: 0 at the first real token of the row.
+  completion_mask_RC: bool [R, C], True = carries loss; completion slot c is token column P + c.
+  advantage_R: float32 [R].
+  logp_old_RC: float32 [R, C], trainer's own log-probabilities before the step's updates.
+  logp_ref_RC: float32 [R, C] reference model's, or None when loss.kl_coef is 0.
+  logp_sampler_RC: float32 [R, C], the sampler's, or None when loss.importance_cap is None.
+  """
+  tokens_RT: jax.Array
+  segment_RT: jax.Array
+  position_RT: jax.Array
+  completion_mask_RC: jax.Array
+  advantage_R: jax.Array | None = None
+  logp_old_RC: jax.Array | None = None
+  logp_ref_RC: jax.Array | None = None
+  logp_sampler_RC: jax.Array | None = None
+
+
+@struct.dataclass
+class TrainState:
+  """What training changes. step: int32 [], rollout batches done. update: int32 [], optimizer updates done."""
+  step: jax.Array
+  update: jax.Array
+  params: Any
+  opt_state: Any
+
+
+def groups_to_rows(groups: tuple, width: int, fill: Any = 0) -> jax.Array:
+  """One [R, width] array from G arrays [B, J, C_g], R = B * G * J in (query, budget, rollout) order.
+
+  Args:
+    groups: G arrays [B, J, C_g].
+    width: slots of a row, at least every C_g; shorter subgroups are padded with `fill` on the right.
+    fill: value of the padding.
+  Returns:
+    [B * G * J, width], dtype of the groups.
+  """
+  padded = [jnp.pad(g, ((0, 0), (0, 0), (0, width - g.shape[-1])), constant_values=fill) for g in groups]
+  stacked = jnp.stack(padded, axis=1)  # [B, G, J, width]
+  return stacked.reshape(-1, width)
+
+
+def rows_to_groups(rows: jax.Array, n_subgroups: int, n_rollouts: int, widths: tuple[int, ...]) -> tuple:
+  """The inverse of `groups_to_rows`: G arrays [B, J, widths[g]] from [B * G * J, width]."""
+  grouped = rows.reshape(-1, n_subgroups, n_rollouts, rows.shape[-1])
+  return tuple(grouped[:, g, :, :w] for g, w in enumerate(widths))
+
+
+def make_batch(prompts: Prompts, rollouts: Rollouts, advantage_BGJ: jax.Array | None = None) -> Batch:
+  """Rows of the step, [R, P + C], by concatenation; jit-safe.
+
+  Returns:
+    A Batch without logp_old_RC and logp_ref_RC; logp_sampler_RC is set.
+  """
+  n_rollouts = rollouts.n_tokens_BGJ.shape[1] * rollouts.n_tokens_BGJ.shape[2]
+  C = max(g.shape[-1] for g in rollouts.tokens)
+  P = prompts.tokens_BP.shape[1]
+  prompt_RP = jnp.repeat(jnp.asarray(prompts.tokens_BP), n_rollouts, axis=0)
+  n_prompt_R = jnp.repeat(jnp.asarray(prompts.n_prompt_B), n_rollouts, axis=0)
+  n_tokens_R = rollouts.n_tokens_BGJ.reshape(-1)
+  column_T = jnp.arange(P + C)
+  first_R = P - n_prompt_R
+  real_RT = (column_T >= first_R[:, None]) & (column_T < P + n_tokens_R[:, None])
+  return Batch(
+      tokens_RT=jnp.where(real_RT, jnp.concatenate([prompt_RP, groups_to_rows(rollouts.tokens, C)], axis=1), 0),
+      segment_RT=real_RT.astype(jnp.int32),
+      position_RT=jnp.where(real_RT, column_T - first_R[:, None], 0),
+      completion_mask_RC=groups_to_rows(rollouts.completion_mask, C, False),
+      advantage_R=None if advantage_BGJ is None else advantage_BGJ.reshape(-1),
+      logp_sampler_RC=groups_to_rows(rollouts.logp_sampler, C, 0.0),
+  )

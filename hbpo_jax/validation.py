@@ -1,0 +1,249 @@
+"""Refuses settings that cannot work together, before anything is loaded.
+
+Types are checked when the config is read (`hbpo_jax.config.from_config_dict`); this checks values and combinations.
+"""
+
+from collections.abc import Sequence
+import itertools
+import math
+from typing import Any
+
+from hbpo_jax import config
+
+_CHOICES = {
+    "profile": tuple(config.PROFILES),
+    "model.compute_dtype": ("bfloat16", "float32"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "prompt.prefix_role": ("action", "context"),
+    "reward.form": ("piecewise", "min", "classic", "cosine"),
+    "advantage.std_ddof": (0, 1),
+    "loss.kl_estimator": ("k1", "k2", "k3"),
+    "optimizer.schedule": ("constant", "linear", "cosine"),
+    "learner.nonfinite": ("skip", "stop"),
+}
+
+# Smallest value of whole-number settings.
+_AT_LEAST = {
+    "seed": 0, "steps": 1,
+    "data.n_eval": 0, "data.max_prompt_tokens": 1, "data.limit": 0,
+    "data.synthetic.min_level": 1, "data.synthetic.modulus": 2, "data.synthetic.n_problems": 1,
+    "rollout.queries": 1, "rollout.rollouts_per_query": 1, "rollout.top_k": 0,
+    "reward.max_response_tokens": 1,
+    "optimizer.warmup_updates": 0,
+    "learner.minibatches": 1, "learner.microbatch_rows": 0, "learner.logprob_chunk": 1,
+    "mesh.data": 1, "mesh.tensor": 1,
+    "grading.workers": 0, "grading.memory_mib": 1,
+    "checkpoint.save_every": 0, "checkpoint.max_to_keep": 1,
+    "log.every": 1, "log.samples_every": 0, "log.n_samples": 0,
+    "eval.top_k": 0, "eval.samples_per_problem": 1, "eval.batch_queries": 1, "eval.max_new_tokens": 0,
+    "sft.steps": 1, "sft.rows": 1, "sft.hidden_size": 1, "sft.n_layers": 1, "sft.n_heads": 1, "sft.n_kv_heads": 1,
+    "sft.mlp_size": 1,
+}  # fmt: skip
+
+# Intervals of real settings: (low, low included, high, high included).
+_POSITIVE = (0.0, False, math.inf, False)
+_NOT_NEGATIVE = (0.0, True, math.inf, False)
+_FRACTION = (0.0, True, 1.0, True)
+_INTERVALS = {
+    "rollout.temperature": _POSITIVE,
+    "rollout.top_p": (0.0, False, 1.0, True),
+    "reward.alpha": _NOT_NEGATIVE,
+    "reward.beta": _POSITIVE,
+    "reward.unfinished_reward": (-math.inf, False, math.inf, False),
+    "advantage.intra_coef": _NOT_NEGATIVE,
+    "advantage.std_eps": _POSITIVE,
+    "loss.clip_low": (0.0, False, 1.0, False),
+    "loss.clip_high": (0.0, False, 1.0, False),
+    "loss.dual_clip": (1.0, False, math.inf, False),
+    "loss.kl_coef": _NOT_NEGATIVE,
+    "loss.importance_cap": _POSITIVE,
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.final_fraction": _FRACTION,
+    "optimizer.b1": (0.0, True, 1.0, False),
+    "optimizer.b2": (0.0, True, 1.0, False),
+    "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.clip_norm": _POSITIVE,
+    "grading.cpu_seconds": _POSITIVE,
+    "eval.temperature": _NOT_NEGATIVE,
+    "eval.top_p": (0.0, False, 1.0, True),
+    "sft.learning_rate": _POSITIVE,
+    "sft.weight_decay": _NOT_NEGATIVE,
+    "sft.budget_share": _FRACTION,
+}
+
+
+def validate(cfg: config.Config, *, n_devices: int, arch: Any = None, prefix_tokens: int = 0) -> None:
+  """Raises unless the settings make a run that can work.
+
+  Args:
+    cfg: the settings.
+    n_devices: devices that the run will see (all processes).
+    arch: the model's Architecture once its config.json is read; None leaves out what depends on it.
+    prefix_tokens: tokens of the longest budget sentence, once a tokenizer is loaded.
+  Raises:
+    ValueError: on the first setting at fault; names the field, its value and the remedy.
+  """
+  _check_each_alone(cfg)
+  _check_budgets(cfg)
+  _check_reward(cfg)
+  _check_text(cfg)
+  _check_batch(cfg)
+  _check_mesh(cfg, n_devices)
+  _check_rest(cfg)
+  if arch is not None:
+    _check_model(cfg, arch, prefix_tokens)
+
+
+def _require(holds: bool, cfg: config.Config, field: str, problem: str, remedy: str) -> None:
+  if not holds:
+    raise ValueError(f"config.{field}={config.get(cfg, field)!r} {problem}; {remedy}.")
+
+
+def _check_each_alone(cfg: config.Config) -> None:
+  for field, choices in _CHOICES.items():
+    _require(config.get(cfg, field) in choices, cfg, field, "does not exist",
+             f"choose one of {', '.join(map(str, choices))}")
+  for field, least in _AT_LEAST.items():
+    _require(config.get(cfg, field) >= least, cfg, field, "is too small", f"give at least {least}")
+  for field, (low, low_in, high, high_in) in _INTERVALS.items():
+    value = config.get(cfg, field)
+    if value is None:
+      continue
+    above = value >= low if low_in else value > low
+    below = value <= high if high_in else value < high
+    interval = f"{'[' if low_in else '('}{low:g}, {high:g}{']' if high_in else ')'}"
+    _require(above and below, cfg, field, "is out of range", f"give a number in {interval}")
+  _require(cfg.seed < 2**32, cfg, "seed", "is too large", "give a number below 2**32")
+
+
+def _check_budgets(cfg: config.Config) -> None:
+  budgets, longest = cfg.rollout.budgets, cfg.reward.max_response_tokens
+  n_groups, n_rollouts = len(budgets), cfg.rollout.rollouts_per_query
+  _require(n_groups > 0, cfg, "rollout.budgets", "is empty", "give at least one budget, such as 512,1024")
+  _require(budgets[0] > 0, cfg, "rollout.budgets", "has a budget that is not positive", "give budgets of at least 1")
+  _require(_increasing(budgets), cfg, "rollout.budgets", "is not strictly increasing",
+           f"write {','.join(map(str, sorted(set(budgets))))}")
+  _require(budgets[-1] <= longest, cfg, "rollout.budgets",
+           f"exceeds config.reward.max_response_tokens={longest}, beyond which nothing is earned",
+           "lower the budgets or raise reward.max_response_tokens")
+  below, above = n_rollouts // n_groups * n_groups, -(-n_rollouts // n_groups) * n_groups
+  _require(n_rollouts % n_groups == 0, cfg, "rollout.rollouts_per_query",
+           f"is not divisible by the {n_groups} budgets of config.rollout.budgets",
+           f"give {f'{below} or ' if below else ''}{above}")
+  if cfg.rollout.caps:
+    _require(len(cfg.rollout.caps) == n_groups, cfg, "rollout.caps",
+             f"has {len(cfg.rollout.caps)} caps for {n_groups} budgets", "give one cap per budget, or ()")
+    for cap, budget in zip(cfg.rollout.caps, budgets, strict=True):
+      _require(cap >= budget, cfg, "rollout.caps", f"has cap {cap} below its budget {budget}",
+               "raise the cap to the budget or more")
+      _require(cap <= longest, cfg, "rollout.caps",
+               f"has cap {cap} beyond config.reward.max_response_tokens={longest}, where nothing is earned",
+               f"give caps of at most {longest}")
+
+
+def _increasing(values: Sequence[int]) -> bool:
+  return all(a < b for a, b in itertools.pairwise(values))
+
+
+def _check_reward(cfg: config.Config) -> None:
+  if cfg.reward.form in ("classic", "cosine"):
+    _require(cfg.advantage.intra_coef == 0, cfg, "advantage.intra_coef",
+             f"needs a budget baseline, which config.reward.form={cfg.reward.form!r} has not",
+             "set advantage.intra_coef=0 or choose reward.form piecewise or min")
+  _require(cfg.rollout.rollouts_per_query > cfg.advantage.std_ddof, cfg, "advantage.std_ddof",
+           f"leaves no degree of freedom with config.rollout.rollouts_per_query={cfg.rollout.rollouts_per_query}",
+           "take more rollouts per query or set std_ddof=0")
+  _require(not cfg.reward.grader or _is_dotted(cfg.reward.grader), cfg, "reward.grader", "is not a dotted path",
+           "write package.module.function, or nothing for the built-in grading")
+
+
+def _is_dotted(path: str) -> bool:
+  parts = path.split(".")
+  return len(parts) > 1 and all(p.isidentifier() for p in parts)
+
+
+def _check_text(cfg: config.Config) -> None:
+  _require("{budget}" in cfg.prompt.budget_sentence, cfg, "prompt.budget_sentence", "does not contain {budget}",
+           "write {budget} where the number of tokens goes")
+  mode = cfg.eval.mode
+  is_budget = mode.isascii() and mode.isdigit() and int(mode) > 0
+  _require(mode in ("natural", "efficiency") or is_budget, cfg, "eval.mode", "does not exist",
+           "choose natural, efficiency, or a budget such as 1024")
+  _require(cfg.data.source != "", cfg, "data.source", "is empty",
+           "give 'synthetic', a JSON Lines file, or tfds:NAME")
+  for field in ("data.source", "data.eval_source"):
+    _require(config.get(cfg, field) != "tfds:", cfg, field, "names no data set", "write tfds:NAME")
+
+
+def _check_batch(cfg: config.Config) -> None:
+  queries, n_rollouts = cfg.rollout.queries, cfg.rollout.rollouts_per_query
+  minibatches, micro = cfg.learner.minibatches, cfg.learner.microbatch_rows
+  _require(queries % minibatches == 0, cfg, "learner.minibatches", f"does not divide config.rollout.queries={queries}",
+           f"choose one of {_divisors(queries)}")
+  rows = queries // minibatches * n_rollouts
+  _require(micro == 0 or rows % micro == 0, cfg, "learner.microbatch_rows",
+           f"does not divide the {rows} rows of a minibatch", f"choose one of {_divisors(rows)}, or 0 for the whole")
+
+
+def _divisors(n: int) -> str:
+  return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def _check_mesh(cfg: config.Config, n_devices: int) -> None:
+  mesh = cfg.mesh
+  fixed = mesh.data * mesh.tensor
+  _require(mesh.fsdp == -1 or mesh.fsdp >= 1, cfg, "mesh.fsdp", "is not a number of devices",
+           "give at least 1, or -1 for all that remain")
+  if mesh.fsdp == -1:
+    _require(n_devices % fixed == 0, cfg, "mesh.data",
+             f"times config.mesh.tensor={mesh.tensor} does not divide the {n_devices} devices",
+             f"make mesh.data x mesh.tensor one of {_divisors(n_devices)}")
+    fsdp = n_devices // fixed
+  else:
+    fsdp = mesh.fsdp
+    _require(fixed * fsdp == n_devices, cfg, "mesh.fsdp",
+             f"makes a mesh of {fixed * fsdp} devices where there are {n_devices}",
+             "make data x fsdp x tensor the number of devices, or set mesh.fsdp=-1 for all that remain")
+  shards = mesh.data * fsdp
+  rows = cfg.rollout.queries // cfg.learner.minibatches * cfg.rollout.rollouts_per_query
+  less = "raise it to a multiple, or put more devices on mesh.tensor or fewer on mesh.data and mesh.fsdp"
+  split = f"data x fsdp = {shards} shards of the mesh"
+  _require(cfg.rollout.queries % shards == 0, cfg, "rollout.queries", f"is not divisible by the {split}", less)
+  _require(rows % shards == 0, cfg, "learner.minibatches",
+           f"makes minibatches of {rows} rows, which are not divisible by the {split}", "lower it")
+  _require(cfg.learner.microbatch_rows % shards == 0, cfg, "learner.microbatch_rows",
+           f"is not divisible by the {split}", less)
+  _require(cfg.data.n_eval == 0 or cfg.eval.batch_queries % shards == 0, cfg, "eval.batch_queries",
+           f"is not divisible by the {split}", less)
+
+
+def _check_rest(cfg: config.Config) -> None:
+  synthetic = cfg.data.synthetic
+  _require(synthetic.max_level >= synthetic.min_level, cfg, "data.synthetic.max_level",
+           f"is below config.data.synthetic.min_level={synthetic.min_level}", "raise it")
+  prime = all(synthetic.modulus % d for d in range(2, math.isqrt(synthetic.modulus) + 1))
+  _require(prime, cfg, "data.synthetic.modulus", "is not a prime", "choose a prime such as 7")
+  updates = cfg.steps * cfg.learner.minibatches
+  _require(cfg.optimizer.warmup_updates <= updates, cfg, "optimizer.warmup_updates",
+           f"exceeds the run's {updates} updates", "lower it")
+  _require(cfg.sft.n_heads % cfg.sft.n_kv_heads == 0, cfg, "sft.n_kv_heads",
+           f"does not divide config.sft.n_heads={cfg.sft.n_heads}", f"choose one of {_divisors(cfg.sft.n_heads)}")
+  _require(cfg.sft.hidden_size % (2 * cfg.sft.n_heads) == 0, cfg, "sft.hidden_size",
+           f"does not split into {cfg.sft.n_heads} heads of even size", f"give a multiple of {2 * cfg.sft.n_heads}")
+
+
+def _check_model(cfg: config.Config, arch: Any, prefix_tokens: int) -> None:
+  context = arch.max_context
+  uncounted = 0 if cfg.rollout.count_prefix_tokens else prefix_tokens
+  prompt, cap = cfg.data.max_prompt_tokens, max(cfg.caps)
+  what = f"config.data.max_prompt_tokens={prompt} + {{}} exceeds the model's context of {context} tokens"
+  if prompt + cap + uncounted > context:
+    field = "rollout.caps" if cfg.rollout.caps else "reward.max_response_tokens"
+    prefix = f" + {uncounted} of the budget sentence" if uncounted else ""
+    raise ValueError(f"{what.format(f'a longest response of {cap} (config.{field})' + prefix)}; "
+                     f"lower data.max_prompt_tokens or {field}.")
+  longest = cfg.eval.max_new_tokens or cfg.reward.max_response_tokens
+  if cfg.data.n_eval and prompt + longest > context:
+    raise ValueError(f"{what.format(f'config.eval.max_new_tokens={longest}')}; lower eval.max_new_tokens.")

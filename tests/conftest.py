@@ -1,0 +1,32 @@
+"""Settings of every test: the CPU backend with eight simulated devices, and where the shared data lie."""
+
+import os
+
+# JAX reads both at import, so they come first. A caller who sets them means it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pathlib
+
+import pytest
+
+REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> pathlib.Path:
+  """The checkout that holds these tests."""
+  return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> pathlib.Path:
+  """The folder of golden cases and data sets beside the checkout (or at $HBPO_SHARED); skips where there is none."""
+  path = pathlib.Path(os.environ.get("HBPO_SHARED", REPO_ROOT.parent / "shared"))
+  if not path.is_dir():
+    pytest.skip(f"needs the golden cases and data sets in {path} (set HBPO_SHARED to move it)")
+  return path

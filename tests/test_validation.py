@@ -1,0 +1,272 @@
+"""One case per rule: the field at fault is named with its value and a remedy; its allowed neighbour passes."""
+
+import dataclasses
+import types
+
+import pytest
+
+from hbpo_jax import config, flags, validation
+
+ARCH = types.SimpleNamespace(max_context=5120)
+
+
+def make(**overrides):
+  """The paper's config with overrides, dots of the field names written as two underscores."""
+  return flags.build(config.new("paper"), {k.replace("__", "."): v for k, v in overrides.items()})
+
+
+def check(n_devices=1, arch=None, prefix_tokens=0, **overrides):
+  validation.validate(make(**overrides), n_devices=n_devices, arch=arch, prefix_tokens=prefix_tokens)
+
+
+def refuse(field, words, n_devices=1, arch=None, prefix_tokens=0, **overrides):
+  with pytest.raises(ValueError, match=rf"config\.{field}") as error:
+    check(n_devices, arch, prefix_tokens, **overrides)
+  text = str(error.value)
+  assert words in text, text
+  assert "; " in text and text.endswith("."), f"no remedy: {text}"
+  first = field.replace("\\", "")
+  if first.replace(".", "__") in overrides:
+    assert f"config.{first}={overrides[first.replace('.', '__')]!r}" in text
+
+
+@pytest.mark.parametrize("n_devices", [1, 2, 4, 8, 16])
+def test_defaults_pass(n_devices):
+  check(n_devices=n_devices, arch=ARCH)
+
+
+@pytest.mark.parametrize("profile", sorted(config.PROFILES))
+def test_profiles_pass(profile):
+  validation.validate(config.from_config_dict(config.new(profile)), n_devices=1, arch=ARCH)
+
+
+# Each value alone.
+
+CHOICE_CASES = {
+    "profile": "best", "model.compute_dtype": "float16", "model.param_dtype": "float16", "model.remat": "some",
+    "prompt.prefix_role": "both", "reward.form": "linear", "advantage.std_ddof": 2, "loss.kl_estimator": "k4",
+    "optimizer.schedule": "step", "learner.nonfinite": "ignore",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field,value", CHOICE_CASES.items())
+def test_choice(field, value):
+  cfg = config.Config()
+  # Set past the profiles, which would refuse a profile of no such name themselves.
+  *parents, leaf = field.split(".")
+  section = config.get(cfg, parents[0]) if parents else cfg
+  changed = dataclasses.replace(section, **{leaf: value})
+  cfg = dataclasses.replace(cfg, **{parents[0]: changed}) if parents else changed
+  with pytest.raises(ValueError, match=rf"config\.{field}={value!r} does not exist; choose one of"):
+    validation.validate(cfg, n_devices=1)
+
+
+WHOLE_CASES = [
+    ("seed", -1, 0), ("seed", 2**32, 2**32 - 1), ("steps", 0, 1), ("data.n_eval", -1, 0),
+    ("data.max_prompt_tokens", 0, 1), ("data.limit", -1, 0), ("data.synthetic.min_level", 0, 1),
+    ("data.synthetic.modulus", 1, 2),
+    ("data.synthetic.n_problems", 0, 1), ("rollout.queries", 0, 4), ("rollout.rollouts_per_query", 0, 4),
+    ("rollout.top_k", -1, 0), ("reward.max_response_tokens", 0, 2560), ("optimizer.warmup_updates", -1, 0),
+    ("learner.minibatches", 0, 1), ("learner.microbatch_rows", -1, 1), ("learner.logprob_chunk", 0, 1),
+    ("mesh.data", 0, 1), ("mesh.tensor", 0, 1), ("grading.workers", -1, 0), ("grading.memory_mib", 0, 1),
+    ("checkpoint.save_every", -1, 0), ("checkpoint.max_to_keep", 0, 1), ("log.every", 0, 1),
+    ("log.samples_every", -1, 0),
+    ("log.n_samples", -1, 0), ("eval.top_k", -1, 0), ("eval.samples_per_problem", 0, 1), ("eval.batch_queries", 0, 1),
+    ("eval.max_new_tokens", -1, 0), ("sft.steps", 0, 1), ("sft.rows", 0, 1), ("sft.hidden_size", 0, 8),
+    ("sft.n_layers", 0, 1), ("sft.n_heads", 0, 2), ("sft.n_kv_heads", 0, 1), ("sft.mlp_size", 0, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field,bad,good", WHOLE_CASES)
+def test_whole_number_in_range(field, bad, good):
+  key = field.replace(".", "__")
+  refuse(field.replace(".", r"\."), "", **{key: bad})
+  check(**{key: good})
+
+
+INF, NAN = float("inf"), float("nan")
+REAL_CASES = [
+    ("rollout.temperature", (0.0, -1.0, INF, NAN), (0.1,)), ("rollout.top_p", (0.0, 1.1, NAN), (0.1, 1.0)),
+    ("reward.alpha", (-0.1, INF, NAN), (0.0, None)), ("reward.beta", (0.0, NAN), (1.0,)),
+    ("reward.unfinished_reward", (INF, -INF, NAN), (-1.0,)), ("advantage.intra_coef", (-1.0, NAN), (0.0, 2.0)),
+    ("advantage.std_eps", (0.0, NAN), (1e-9,)), ("loss.clip_low", (0.0, 1.0, NAN), (0.5,)),
+    ("loss.clip_high", (0.0, 1.0, NAN), (0.5,)), ("loss.dual_clip", (1.0, NAN), (1.1, None)),
+    ("loss.kl_coef", (-1.0, NAN), (0.0, 0.1)), ("loss.importance_cap", (0.0, NAN), (2.0, None)),
+    ("optimizer.learning_rate", (0.0, -1.0, NAN), (1e-9,)), ("optimizer.final_fraction", (-0.1, 1.1, NAN), (0.0, 1.0)),
+    ("optimizer.b1", (-0.1, 1.0, NAN), (0.0,)), ("optimizer.b2", (-0.1, 1.0, NAN), (0.0,)),
+    ("optimizer.eps", (0.0, NAN), (1e-9,)), ("optimizer.weight_decay", (-1.0, NAN), (0.0,)),
+    ("optimizer.clip_norm", (0.0, NAN), (0.1,)), ("grading.cpu_seconds", (0.0, NAN), (0.1,)),
+    ("eval.temperature", (-1.0, NAN), (0.0,)), ("eval.top_p", (0.0, 1.1, NAN), (1.0,)),
+    ("sft.learning_rate", (0.0, NAN), (0.1,)), ("sft.weight_decay", (-1.0, NAN), (0.0,)),
+    ("sft.budget_share", (-0.1, 1.1, NAN), (0.0, 1.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field,bad,good", REAL_CASES)
+def test_real_number_in_range(field, bad, good):
+  key = field.replace(".", "__")
+  for value in bad:
+    refuse(field.replace(".", r"\."), "is out of range; give a number in", **{key: value})
+  for value in good:
+    check(**{key: value})
+
+
+def test_every_number_has_a_rule():
+  # A new setting with numbers needs a line here and in validation.py. Budgets, caps and fsdp have rules of their own.
+  own_rules = {"mesh.fsdp", "data.synthetic.max_level", "advantage.std_ddof"}
+  numbers = {n for n, f in config.field_table().items() if f.type in (int, float, float | None)}
+  assert numbers == {n for n, *_ in WHOLE_CASES} | {n for n, *_ in REAL_CASES} | own_rules
+
+
+# Budgets, caps, subgroups.
+
+@pytest.mark.parametrize("budgets,words", [
+    ((), "is empty"), ((0, 8), "not positive"), ((8, 8), "write 8."), ((16, 8), "write 8,16."),
+    ((512, 1024, 2048, 4097), "exceeds config.reward.max_response_tokens=4096"),
+])  # fmt: skip
+def test_budgets(budgets, words):
+  refuse(r"rollout\.budgets", words, rollout__budgets=budgets)
+
+
+def test_budget_may_equal_the_longest_response():
+  check(rollout__budgets=(512, 4096))
+
+
+def test_rollouts_split_over_budgets():
+  refuse(r"rollout\.rollouts_per_query", "not divisible by the 3 budgets of config.rollout.budgets; give 15 or 18",
+         rollout__budgets=(8, 16, 32), rollout__rollouts_per_query=16)
+  refuse(r"rollout\.rollouts_per_query", "give 4.", rollout__rollouts_per_query=3)
+  check(rollout__budgets=(8, 16, 32), rollout__rollouts_per_query=18)
+
+
+@pytest.mark.parametrize("caps,words", [
+    ((4096,), "has 1 caps for 4 budgets"),
+    ((511, 4096, 4096, 4096), "has cap 511 below its budget 512"),
+    ((512, 1024, 2048, 4097), "has cap 4097 beyond config.reward.max_response_tokens=4096"),
+])  # fmt: skip
+def test_caps(caps, words):
+  refuse(r"rollout\.caps", words, rollout__caps=caps)
+
+
+def test_caps_may_equal_budgets():
+  check(rollout__caps=(512, 1024, 2048, 2560))
+
+
+# Reward and advantage.
+
+@pytest.mark.parametrize("form", ["classic", "cosine"])
+def test_reward_without_baseline_has_no_intra_term(form):
+  refuse(r"advantage\.intra_coef", "needs a budget baseline", reward__form=form, advantage__intra_coef=1.0)
+  check(reward__form=form, advantage__intra_coef=0.0)
+
+
+def test_std_needs_a_degree_of_freedom():
+  one = {"rollout__budgets": (512,), "rollout__rollouts_per_query": 1}
+  refuse(r"advantage\.std_ddof", "leaves no degree of freedom", advantage__std_ddof=1, **one)
+  check(advantage__std_ddof=0, **one)
+
+
+@pytest.mark.parametrize("path", ["grader", "my.", "a.b()", ".a"])
+def test_grader_is_a_dotted_path(path):
+  refuse(r"reward\.grader", "is not a dotted path", reward__grader=path)
+  check(reward__grader="my_tasks.grading.exact")
+
+
+# Text.
+
+def test_budget_sentence_has_a_place_for_the_budget():
+  refuse(r"prompt\.budget_sentence", "does not contain {budget}", prompt__budget_sentence="within 512 tokens")
+
+
+@pytest.mark.parametrize("mode", ["fast", "", "0", "-5", "1.5", "²"])
+def test_eval_mode(mode):
+  refuse(r"eval\.mode", "choose natural, efficiency, or a budget", eval__mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["natural", "efficiency", "1024"])
+def test_eval_modes_that_exist(mode):
+  check(eval__mode=mode)
+
+
+def test_data_source_is_named():
+  refuse(r"data\.source", "is empty", data__source="")
+  refuse(r"data\.source", "names no data set", data__source="tfds:")
+  refuse(r"data\.eval_source", "names no data set", data__eval_source="tfds:")
+
+
+# Batch and mesh.
+
+def test_minibatches_divide_queries():
+  refuse(r"learner\.minibatches", "does not divide config.rollout.queries=64; choose one of 1, 2, 4",
+         learner__minibatches=3)
+
+
+def test_microbatches_divide_a_minibatch():
+  refuse(r"learner\.microbatch_rows", "does not divide the 256 rows of a minibatch", learner__microbatch_rows=48)
+  check(learner__microbatch_rows=64)
+
+
+def test_mesh_covers_the_devices():
+  refuse(r"mesh\.data", "does not divide the 8 devices", n_devices=8, mesh__data=3)
+  refuse(r"mesh\.data", "times config.mesh.tensor=3", n_devices=8, mesh__tensor=3)
+  refuse(r"mesh\.fsdp", "makes a mesh of 4 devices where there are 8", n_devices=8, mesh__data=2, mesh__fsdp=2)
+  refuse(r"mesh\.fsdp", "makes a mesh of 16 devices where there are 8", n_devices=8, mesh__data=8, mesh__fsdp=2)
+  refuse(r"mesh\.fsdp", "is not a number of devices", mesh__fsdp=0)
+  refuse(r"mesh\.fsdp", "is not a number of devices", mesh__fsdp=-2)
+  check(n_devices=8, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+
+
+def test_mesh_divides_the_batch():
+  small = {"rollout__queries": 4, "learner__minibatches": 1}
+  refuse(r"rollout\.queries", "not divisible by the data x fsdp = 8 shards", n_devices=8, **small)
+  check(n_devices=8, mesh__tensor=2, **small)
+  refuse(r"learner\.minibatches", "makes minibatches of 4 rows", n_devices=8, rollout__queries=8,
+         rollout__rollouts_per_query=4, learner__minibatches=8)
+  refuse(r"learner\.microbatch_rows", "not divisible by the data x fsdp = 8 shards", n_devices=8,
+         learner__microbatch_rows=4)
+  refuse(r"eval\.batch_queries", "not divisible by the data x fsdp = 8 shards", n_devices=8, data__n_eval=8,
+         eval__batch_queries=4)
+  check(n_devices=8, eval__batch_queries=4)  # no evaluation
+
+
+# The rest.
+
+def test_synthetic_task():
+  refuse(r"data\.synthetic\.max_level", "is below config.data.synthetic.min_level=3", data__synthetic__min_level=3,
+         data__synthetic__max_level=2)
+  for modulus in (4, 9, 49):
+    refuse(r"data\.synthetic\.modulus", "is not a prime", data__synthetic__modulus=modulus)
+  check(data__synthetic__modulus=11, data__synthetic__max_level=1)
+
+
+def test_warmup_fits_the_run():
+  refuse(r"optimizer\.warmup_updates", "exceeds the run's 8 updates", steps=2, optimizer__warmup_updates=9)
+  check(steps=2, optimizer__warmup_updates=8)
+
+
+def test_new_model_has_whole_heads():
+  refuse(r"sft\.n_kv_heads", "does not divide config.sft.n_heads=4", sft__n_kv_heads=3)
+  refuse(r"sft\.hidden_size", "does not split into 4 heads", sft__hidden_size=100)
+
+
+# The model's context.
+
+def test_prompt_and_response_fit_the_context():
+  check(arch=ARCH)  # 1024 + 4096 = 5120
+  refuse(r"data\.max_prompt_tokens", "exceeds the model's context of 5120 tokens; lower data.max_prompt_tokens or "
+         "reward.max_response_tokens", arch=ARCH, data__max_prompt_tokens=1025)
+  caps = {"rollout__caps": (1024, 1024, 2048, 3000), "data__max_prompt_tokens": 2120}
+  check(arch=ARCH, **caps)
+  refuse(r"data\.max_prompt_tokens", "config.rollout.caps", arch=ARCH, **(caps | {"data__max_prompt_tokens": 2121}))
+
+
+def test_an_uncounted_prefix_needs_room_too():
+  check(arch=ARCH, prefix_tokens=12)
+  refuse(r"data\.max_prompt_tokens", "12 of the budget sentence", arch=ARCH, prefix_tokens=12,
+         rollout__count_prefix_tokens=False)
+
+
+def test_evaluation_fits_the_context():
+  refuse(r"data\.max_prompt_tokens", "config.eval.max_new_tokens=4097", arch=ARCH, data__n_eval=64,
+         eval__max_new_tokens=4097)
+  check(arch=ARCH, eval__max_new_tokens=4097)  # no evaluation
