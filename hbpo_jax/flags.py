@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import copy
 import dataclasses
 import difflib
-import linecache
+import dis
 import pathlib
 import re
 import runpy
@@ -287,7 +287,10 @@ def _is_meant_for_user(error: BaseException) -> bool:
   """Whether an exception was raised on purpose for the reader, by a `raise` in this package."""
   if isinstance(error, _FILE_ERRORS):
     return True
-  frames = traceback.extract_tb(error.__traceback__)
-  last = frames[-1]
-  inside = pathlib.Path(last.filename).resolve().is_relative_to(_PACKAGE)
-  return inside and linecache.getline(last.filename, last.lineno or 0).lstrip().startswith("raise")
+  last = error.__traceback__
+  while last is not None and last.tb_next is not None:
+    last = last.tb_next
+  if last is None or not pathlib.Path(last.tb_frame.f_code.co_filename).resolve().is_relative_to(_PACKAGE):
+    return False
+  # A ValueError of int() or of an unpacking in this package is a defect, so the instruction must be a `raise`.
+  return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]

@@ -1,0 +1,133 @@
+"""Rotary positions and grouped-query attention, over a whole row and for one decoded token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hbpo_jax.models.architecture import Architecture
+
+# Finite, so that a row with nothing to attend to (padding) averages everything instead of giving NaN.
+MASKED = -1e30
+
+
+def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """einsum of two operands of one dtype, accumulated and returned in float32.
+
+  float32 operands are multiplied in full precision, where a TPU would otherwise round them to bfloat16.
+  """
+  if _on_cpu():  # XLA's CPU back end lacks some bfloat16 matmuls; products of two bfloat16 are exact in float32.
+    a, b = rounded(a, a.dtype), rounded(b, b.dtype)
+  full = a.dtype == jnp.float32
+  precision = jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT
+  return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """float32 of x after rounding to `dtype`; unlike a pair of casts, XLA does not optimise it away."""
+  x = x.astype(jnp.float32)
+  if jnp.dtype(dtype) == jnp.float32:
+    return x
+  info = jnp.finfo(dtype)
+  return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+
+
+def _on_cpu() -> bool:
+  """Whether the code being traced will run on CPU: the ambient mesh decides (it may be of absent devices)."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() == "cpu" if device is None else device.device_kind == "cpu"
+
+
+def rope_frequencies(arch: Architecture) -> np.ndarray:
+  """float32 [E/2], radians per position, after rope scaling.
+
+  theta^(-2i/E). 'linear' divides all by factor. 'llama3' divides those whose wavelength exceeds
+  original_context / low_freq_factor, keeps those below original_context / high_freq_factor, and interpolates between.
+  """
+  E = arch.head_size
+  frequency = arch.rope_theta**(-np.arange(0, E, 2, dtype=np.float64) / E)
+  scaling = arch.rope_scaling
+  if scaling is not None and scaling.kind == "linear":
+    frequency = frequency / scaling.factor
+  elif scaling is not None:
+    turns = scaling.original_context * frequency / (2 * np.pi)  # rotations within the trained context
+    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    ramp = np.clip(ramp, 0.0, 1.0)
+    frequency = ramp * frequency + (1 - ramp) * frequency / scaling.factor
+  return frequency.astype(np.float32)
+
+
+def rope_tables(arch: Architecture, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(cos, sin), float32 [..., 1, E/2], for int32 positions [...]; the 1 broadcasts over heads."""
+  angle = position[..., None, None].astype(jnp.float32) * rope_frequencies(arch)
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotary embedding of heads [..., heads, E] in float32; dimension i pairs with i + E/2."""
+  cos, sin = tables
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(query_RTHE: jax.Array, key_RTKE: jax.Array, value_RTKE: jax.Array, segment_RT: jax.Array) -> jax.Array:
+  """Causal attention within segments.
+
+  Column t sees columns s <= t of its own segment; columns of segment 0 (padding) see and are seen by nothing real.
+
+  Args:
+    query_RTHE, key_RTKE, value_RTKE: compute dtype; query head h uses key/value head h // (H / K).
+    segment_RT: int32 [R, T], 0 = padding.
+  Returns:
+    [R, T, H, E], compute dtype; finite but meaningless at padding.
+  """
+  R, T, H, E = query_RTHE.shape
+  K = key_RTKE.shape[2]
+  dtype = query_RTHE.dtype
+  grouped = query_RTHE.reshape(R, T, K, H // K, E)
+  score = product("rtkge,rske->rkgts", grouped, key_RTKE)
+  causal_TT = jnp.tril(jnp.ones((T, T), bool))
+  same_RTT = (segment_RT[:, :, None] == segment_RT[:, None, :]) & (segment_RT[:, None, :] != 0)
+  mask = (causal_TT & same_RTT)[:, None, None]
+  weight = jax.nn.softmax(jnp.where(mask, score * E**-0.5, MASKED), axis=-1)
+  out = product("rkgts,rske->rtkge", weight.astype(dtype), value_RTKE)
+  return out.reshape(R, T, H, E).astype(dtype)
+
+
+def attend_decode(
+    query_BNHE: jax.Array,
+    prompt_key_BKPE: jax.Array,
+    prompt_value_BKPE: jax.Array,
+    prompt_mask_BP: jax.Array,
+    key_BNKSE: jax.Array,
+    value_BNKSE: jax.Array,
+    slot: jax.Array,
+) -> jax.Array:
+  """Attention of one new token per rollout to its query's prompt and to its own slots 0..slot.
+
+  One softmax over both parts, without joining them: each part is exponentiated against the common maximum. The
+  prompt's keys are shared by the N rollouts, which enter as rows of one matmul.
+
+  Args:
+    query_BNHE: compute dtype.
+    prompt_mask_BP: bool, True = real prompt token.
+    key_BNKSE, value_BNKSE: compute dtype, slot `slot` already written.
+    slot: int32 [], the newest slot.
+  Returns:
+    [B, N, H, E], compute dtype.
+  """
+  B, N, H, E = query_BNHE.shape
+  K = prompt_key_BKPE.shape[1]
+  S = key_BNKSE.shape[3]
+  dtype = query_BNHE.dtype
+
+  query = query_BNHE.reshape(B, N, K, H // K, E)
+  score_p = product("bnkge,bkpe->bnkgp", query, prompt_key_BKPE) * E**-0.5
+  score_s = product("bnkge,bnkse->bnkgs", query, key_BNKSE) * E**-0.5
+  score_p = jnp.where(prompt_mask_BP[:, None, None, None, :], score_p, MASKED)
+  score_s = jnp.where(jnp.arange(S) <= slot, score_s, MASKED)
+  top = jnp.maximum(score_p.max(-1, keepdims=True), score_s.max(-1, keepdims=True))
+  exp_p, exp_s = jnp.exp(score_p - top), jnp.exp(score_s - top)
+  total = exp_p.sum(-1, keepdims=True) + exp_s.sum(-1, keepdims=True)
+  out = product("bnkgp,bkpe->bnkge", (exp_p / total).astype(dtype), prompt_value_BKPE)
+  out += product("bnkgs,bnkse->bnkge", (exp_s / total).astype(dtype), value_BNKSE)
+  return out.reshape(B, N, H, E).astype(dtype)

@@ -1,0 +1,259 @@
+"""The decoder of Qwen2, Qwen3 and Llama 3, as pure functions over `params`.
+
+The network is an NNX module; `nnx.merge` and `nnx.split` happen here and nowhere else. Everyone else sees
+`params`, a nested dict of arrays with the layers stacked on axis 0:
+
+    embed [V, D]   layers.{attention_norm [L, D], query [L, H, E, D], key/value [L, K, E, D], query_bias [L, H, E], ...,
+    output [L, D, H, E], mlp_norm [L, D], gate/up [L, F, D], down [L, D, F]}   norm [D]   head [V, D] (absent if tied)
+
+The residual stream, norms, softmax and logits are float32; matmuls take `compute_dtype` operands. Every weight is
+rounded to `compute_dtype` at use, so params that were cast beforehand give the same result.
+"""
+
+import functools
+from typing import Any
+
+from flax import nnx, struct
+import jax
+import jax.numpy as jnp
+
+from hbpo_jax.models import attention, parameters
+from hbpo_jax.models.architecture import Architecture
+from hbpo_jax.models.sharding import constrain
+
+REMAT = ("none", "dots", "full")
+
+
+@struct.dataclass
+class Cache:
+  """Keys and values, compute dtype.
+
+  Of prompts: [L, B, K, P, E]. Of rollouts: [L, B, N, K, S, E], slot c = response token c.
+  """
+  k: jax.Array
+  v: jax.Array
+
+
+def _matmul(spec: str, x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """float32 einsum of operands that are first cast to `dtype`."""
+  return attention.product(spec, x.astype(dtype), weight.astype(dtype))
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
+  """x / rms(x) * scale over the last axis, in float32; the scale first rounded to `dtype`."""
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * attention.rounded(scale, dtype)
+
+
+class Layer(nnx.Module):
+  """One decoder layer. Inside `Decoder` its weights carry a leading [L], which the scan takes off."""
+
+  def __init__(self, arch: Architecture, weights: dict[str, Any]):
+    self.arch = arch
+    for name, value in weights.items():
+      setattr(self, name, nnx.Param(value))
+
+  def project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], dtype: jnp.dtype):
+    """Rotated queries [..., H, E], rotated keys and values [..., K, E] of the residual stream x [..., D]."""
+    arch = self.arch
+    normed = _rms_norm(x, self.attention_norm[...], arch.rms_eps, dtype)
+    query, key, value = (
+        _matmul("...d,hed->...he", normed, w[...], dtype) for w in (self.query, self.key, self.value))
+    if arch.qkv_bias:
+      query, key, value = (
+          y + attention.rounded(bias[...], dtype)
+          for y, bias in ((query, self.query_bias), (key, self.key_bias), (value, self.value_bias)))
+    if arch.qk_norm:
+      query = _rms_norm(query, self.query_norm[...], arch.rms_eps, dtype)
+      key = _rms_norm(key, self.key_norm[...], arch.rms_eps, dtype)
+    query, key = attention.rotate(query, rope), attention.rotate(key, rope)
+    return query.astype(dtype), key.astype(dtype), value.astype(dtype)
+
+  def finish(self, x: jax.Array, attended: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The residual stream after the attention's output projection and the MLP."""
+    x = x + _matmul("...he,dhe->...d", attended, self.output[...], dtype)
+    normed = _rms_norm(x, self.mlp_norm[...], self.arch.rms_eps, dtype)
+    gate = _matmul("...d,fd->...f", normed, self.gate[...], dtype)
+    up = _matmul("...d,fd->...f", normed, self.up[...], dtype)
+    return x + _matmul("...f,df->...d", jax.nn.silu(gate) * up, self.down[...], dtype)
+
+
+class Decoder(nnx.Module):
+  """Embedding, stacked layers, final norm and head."""
+
+  def __init__(self, arch: Architecture, weights: dict[str, Any]):
+    self.arch = arch
+    self.embed = nnx.Param(weights["embed"])
+    self.layers = Layer(arch, weights["layers"])
+    self.norm = nnx.Param(weights["norm"])
+    if not arch.tie_embeddings:
+      self.head = nnx.Param(weights["head"])
+
+  def embed_tokens(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """float32 [..., D] of int32 tokens [...], rounded to `dtype`."""
+    return attention.rounded(jnp.take(self.embed[...], tokens, axis=0), dtype)
+
+  def final_norm(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The normalised residual stream in the compute dtype."""
+    return _rms_norm(x, self.norm[...], self.arch.rms_eps, dtype).astype(dtype)
+
+
+def _build(arch: Architecture, key: jax.Array, param_dtype: jnp.dtype) -> Decoder:
+  return Decoder(arch, parameters.initial(arch, key, param_dtype))
+
+
+@functools.lru_cache
+def _graph(arch: Architecture) -> nnx.GraphDef:
+  return nnx.split(nnx.eval_shape(lambda: _build(arch, jax.random.key(0), jnp.float32)))[0]
+
+
+def _merge(arch: Architecture, params: dict) -> Decoder:
+  return nnx.merge(_graph(arch), nnx.State(params))
+
+
+def init(arch: Architecture, key: jax.Array, param_dtype: jnp.dtype = jnp.float32) -> dict:
+  """Random params; jit it (arch static), then `sharding.put` them on the mesh.
+
+  Normal with standard deviation 1/sqrt(inputs), the two projections into the residual stream also divided by
+  sqrt(2 L); norms 1, biases 0.
+  """
+  return nnx.to_pure_dict(nnx.split(_build(arch, key, param_dtype))[1])
+
+
+def _run(params, arch, tokens_RT, segment_RT, position_RT, compute_dtype, remat, keep_cache) -> tuple[jax.Array, Any]:
+  """(hidden states [R, T, D] after the final norm, Cache [L, R, K, T, E] or None)."""
+  if remat not in REMAT:
+    raise ValueError(f"model.remat={remat!r} is unknown; choose one of {REMAT}.")
+  dtype = jnp.dtype(compute_dtype)
+  model = _merge(arch, params)
+  rope = attention.rope_tables(arch, position_RT)
+  graph, stacked = nnx.split(model.layers)
+
+  def body(x, weights):
+    layer = nnx.merge(graph, weights)
+    query, key, value = layer.project(x, rope, dtype)
+    query = constrain(query, "batch", "none", "heads", "none")
+    attended = attention.attend(query, key, value, segment_RT)
+    x = constrain(layer.finish(x, attended, dtype), "batch", "none", "none")
+    return x, Cache(key.swapaxes(1, 2), value.swapaxes(1, 2)) if keep_cache else None
+
+  if remat == "dots":
+    body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+  elif remat == "full":
+    body = jax.checkpoint(body, prevent_cse=False)
+  x = constrain(model.embed_tokens(tokens_RT, dtype), "batch", "none", "none")
+  x, cache = jax.lax.scan(body, x, stacked)
+  return model.final_norm(x, dtype), cache
+
+
+def forward(
+    params: dict,
+    arch: Architecture,
+    tokens_RT: jax.Array,
+    segment_RT: jax.Array,
+    position_RT: jax.Array,
+    *,
+    compute_dtype: Any = jnp.bfloat16,
+    remat: str = "none",
+) -> jax.Array:
+  """Hidden states after the final norm; `logits` turns them into scores.
+
+  Args:
+    params: as `init` returns.
+    tokens_RT: int32 [R, T].
+    segment_RT: int32 [R, T], 0 = padding; attention is causal by column and stays within a segment.
+    position_RT: int32 [R, T], rotary positions; any value at padding.
+    compute_dtype: dtype of matmul operands: bfloat16 or float32.
+    remat: what the backward pass keeps of each layer: 'none' = everything, 'dots' = matmul outputs, 'full' = its input.
+  Returns:
+    compute_dtype [R, T, D]; finite but meaningless at padding.
+  """
+  return _run(params, arch, tokens_RT, segment_RT, position_RT, compute_dtype, remat, False)[0]
+
+
+def prefill(
+    params: dict,
+    arch: Architecture,
+    tokens_BP: jax.Array,
+    segment_BP: jax.Array,
+    position_BP: jax.Array,
+    *,
+    compute_dtype: Any = jnp.bfloat16,
+) -> tuple[jax.Array, Cache]:
+  """Hidden state of each prompt's last token, and the prompt's keys and values.
+
+  Args:
+    tokens_BP: int32 [B, P], left-padded, so that column P - 1 holds the last real token.
+    segment_BP, position_BP: as in `forward`.
+  Returns:
+    compute_dtype [B, D], and a Cache with k and v of compute_dtype [L, B, K, P, E].
+  """
+  hidden, cache = _run(params, arch, tokens_BP, segment_BP, position_BP, compute_dtype, "none", True)
+  return hidden[:, -1], cache
+
+
+def new_cache(arch: Architecture, n_queries: int, n_rollouts: int, n_slots: int, dtype: Any = jnp.bfloat16) -> Cache:
+  """An empty rollout cache: k and v of [L, B, N, K, S, E]; `dtype` must be decode_step's compute_dtype."""
+  shape = (arch.n_layers, n_queries, n_rollouts, arch.n_kv_heads, n_slots, arch.head_size)
+  axes = ("none", "batch", "none", "kv_heads", "none", "none")
+  return Cache(constrain(jnp.zeros(shape, dtype), *axes), constrain(jnp.zeros(shape, dtype), *axes))
+
+
+def decode_step(
+    params: dict,
+    arch: Architecture,
+    token_BN: jax.Array,
+    position_BN: jax.Array,
+    prompt_cache: Cache,
+    prompt_mask_BP: jax.Array,
+    cache: Cache,
+    slot: jax.Array,
+    *,
+    compute_dtype: Any = jnp.bfloat16,
+) -> tuple[jax.Array, Cache]:
+  """Feeds one token per rollout, and returns the hidden states that predict the next ones.
+
+  All rows write the same slot; each attends to its query's prompt and to its own slots 0..slot.
+
+  Args:
+    token_BN: int32 [B, N], the token at `slot`.
+    position_BN: int32 [B, N], its rotary position: n_prompt + slot.
+    prompt_cache: of `prefill`, [L, B, K, P, E].
+    prompt_mask_BP: bool [B, P], True = real prompt token.
+    cache: of `new_cache` or the previous step; donate it, or carry it in a loop, so that it is updated in place.
+    slot: int32 [], 0 <= slot < S.
+  Returns:
+    compute_dtype [B, N, D], and the cache with `slot` written.
+  """
+  dtype = jnp.dtype(compute_dtype)
+  model = _merge(arch, params)
+  rope = attention.rope_tables(arch, position_BN)
+  graph, stacked = nnx.split(model.layers)
+
+  def body(index, carry):
+    x, k, v = carry
+    layer, prompt_k, prompt_v = jax.tree.map(
+        lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), (stacked, prompt_cache.k, prompt_cache.v))
+    layer = nnx.merge(graph, layer)
+    query, key, value = layer.project(x, rope, dtype)
+    start = (index, 0, 0, 0, slot, 0)
+    k = jax.lax.dynamic_update_slice(k, key[None, :, :, :, None].astype(k.dtype), start)
+    v = jax.lax.dynamic_update_slice(v, value[None, :, :, :, None].astype(v.dtype), start)
+    attended = attention.attend_decode(
+        query, prompt_k, prompt_v, prompt_mask_BP, jax.lax.dynamic_index_in_dim(k, index, keepdims=False),
+        jax.lax.dynamic_index_in_dim(v, index, keepdims=False), slot)
+    return constrain(layer.finish(x, attended, dtype), "batch", "none", "none"), k, v
+
+  x = constrain(model.embed_tokens(token_BN, dtype), "batch", "none", "none")
+  x, k, v = jax.lax.fori_loop(0, arch.n_layers, body, (x, cache.k, cache.v))
+  return model.final_norm(x, dtype), Cache(k, v)
+
+
+def head_matrix(params: dict, arch: Architecture) -> jax.Array:
+  """[V, D], param dtype: the output head, or the embedding where they are tied. Logits are hidden @ head.T."""
+  return params["embed"] if arch.tie_embeddings else params["head"]
+
+
+def logits(params: dict, arch: Architecture, hidden: jax.Array) -> jax.Array:
+  """float32 [..., V] of hidden states [..., D]; operands in the hidden states' dtype, accumulated in float32."""
+  return _matmul("...d,vd->...v", hidden, head_matrix(params, arch), hidden.dtype)

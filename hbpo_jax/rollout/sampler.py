@@ -1,0 +1,164 @@
+"""Prefill once per query, then decode all its rollouts together until each is done.
+
+One compiled program of fixed shapes: caps, temperature, top-p, top-k, EOS ids and
+random keys are inputs. This is the plain form, one while_loop over a cache as long
+as the longest response.
+"""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from hbpo_jax.models import decoder
+from hbpo_jax.models.architecture import Architecture
+from hbpo_jax.rollout import sampling as sampling_lib
+from hbpo_jax.rollout.sampling import Sampling
+from hbpo_jax.structs import Prompts, Rollouts
+
+
+@struct.dataclass
+class Limits:
+  """What ends and what counts in each subgroup.
+
+  max_tokens_G: int32 [G], most real tokens of a response (prefix, sampled, EOS); at most the array's slots.
+  counted_prefix_G: int32 [G], prefix tokens that count in n_gen.
+  context_prefix_G: int32 [G], prefix tokens without loss.
+  """
+  max_tokens_G: jax.Array
+  counted_prefix_G: jax.Array
+  context_prefix_G: jax.Array
+
+
+@struct.dataclass
+class _Loop:
+  """The while_loop's carry; slot c of a response is decided in iteration c."""
+  slot: jax.Array  # int32 []
+  hidden_BND: jax.Array  # final hidden state that predicts slot `slot`
+  cache: Any
+  tokens_BNC: jax.Array
+  logp_BNC: jax.Array
+  n_tokens_BN: jax.Array
+  finished_BN: jax.Array
+
+
+def row_keys(key: jax.Array, query_B: jax.Array, n_subgroups: int, n_rollouts: int) -> jax.Array:
+  """One key per rollout from (query, budget, rollout), whatever slot it sits in: key [B, G * J]."""
+  def one(query, budget, rollout):
+    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, query), budget), rollout)
+
+  over_j = jax.vmap(one, (None, None, 0))
+  over_gj = jax.vmap(over_j, (None, 0, None))
+  over_bgj = jax.vmap(over_gj, (0, None, None))
+  keys_BGJ = over_bgj(query_B, jnp.arange(n_subgroups), jnp.arange(n_rollouts))
+  return keys_BGJ.reshape(query_B.shape[0], -1)
+
+
+def generate(
+    params: Any,
+    prompts: Prompts,
+    limits: Limits,
+    sampling: Sampling,
+    key: jax.Array,
+    *,
+    arch: Architecture,
+    n_rollouts: int,
+    widths: tuple[int, ...],
+    compute_dtype: Any,
+) -> Rollouts:
+  """Samples J responses per query and budget.
+
+  Args:
+    params: pytree of the decoder.
+    prompts: left-padded prompts and the subgroups' forced prefixes.
+    limits: per-subgroup limits, traced.
+    sampling: distribution and EOS ids, traced.
+    key: one typed random key, of the step.
+    arch: static.
+    n_rollouts: J, static.
+    widths: G array lengths C_g, static; at least limits.max_tokens_G.
+    compute_dtype: dtype of activations and of the cache, static.
+  Returns:
+    Rollouts. At equal shapes the tokens of a rollout depend on the key, its prompt, and its
+    (query, budget, rollout) identity only.
+  """
+  B, P = prompts.tokens_BP.shape
+  G, J, C = len(widths), n_rollouts, max(widths)
+  N = G * J
+
+  column_P = jnp.arange(P)
+  prompt_mask_BP = column_P >= P - prompts.n_prompt_B[:, None]
+  position_BP = jnp.where(prompt_mask_BP, column_P - (P - prompts.n_prompt_B[:, None]), 0)
+  hidden_BD, prompt_cache = decoder.prefill(
+      params, arch, prompts.tokens_BP, prompt_mask_BP.astype(jnp.int32), position_BP, compute_dtype=compute_dtype)
+
+  by_row = lambda x_G: jnp.repeat(x_G, J, axis=0)  # [G, ...] -> [N, ...]
+  n_prefix_N, max_tokens_N = by_row(prompts.n_prefix_G), by_row(limits.max_tokens_G)
+  # A forced token per slot; slots past the prefix are never read.
+  forced_NC = by_row(jnp.pad(prompts.prefix_GF, ((0, 0), (0, max(0, C - prompts.prefix_GF.shape[1]))))[:, :C])
+  keys_BN = row_keys(key, prompts.query_B, G, J)
+
+  def alive(loop: _Loop):
+    return ~loop.finished_BN & (loop.n_tokens_BN < max_tokens_N)
+
+  def decode(loop: _Loop) -> _Loop:
+    alive_BN = alive(loop)
+    logits_RV = decoder.logits(params, arch, loop.hidden_BND).reshape(B * N, -1)
+    uniform_BN = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, loop.slot))))(keys_BN)
+    drawn_R, drawn_logp_R = sampling_lib.draw(uniform_BN.reshape(-1), logits_RV, sampling)
+    forced_N = jax.lax.dynamic_index_in_dim(forced_NC, loop.slot, axis=1, keepdims=False)
+    forced_R = jnp.broadcast_to(forced_N, (B, N)).reshape(-1)
+    temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+    forced_logp_R = sampling_lib.token_logp(logits_RV / temperature, forced_R)
+    is_forced_BN = jnp.broadcast_to(loop.slot < n_prefix_N, (B, N))
+    token_BN = jnp.where(is_forced_BN, forced_R.reshape(B, N), drawn_R.reshape(B, N))
+    logp_BN = jnp.where(is_forced_BN, forced_logp_R.reshape(B, N), drawn_logp_R.reshape(B, N))
+    token_BN = jnp.where(alive_BN, token_BN, 0)
+    is_eos_BN = (token_BN[..., None] == sampling.eos_ids).any(-1) & ~is_forced_BN
+    hidden_BND, cache = decoder.decode_step(
+        params, arch, token_BN, prompts.n_prompt_B[:, None] + loop.slot, prompt_cache, prompt_mask_BP, loop.cache,
+        loop.slot, compute_dtype=compute_dtype)
+    write = lambda array, value: jax.lax.dynamic_update_index_in_dim(array, value, loop.slot, axis=2)
+    return _Loop(
+        slot=loop.slot + 1,
+        hidden_BND=hidden_BND,
+        cache=cache,
+        tokens_BNC=write(loop.tokens_BNC, token_BN),
+        logp_BNC=write(loop.logp_BNC, jnp.where(alive_BN, logp_BN, 0.0)),
+        n_tokens_BN=loop.n_tokens_BN + alive_BN,
+        finished_BN=loop.finished_BN | (alive_BN & is_eos_BN),
+    )
+
+  start = _Loop(
+      slot=jnp.int32(0),
+      hidden_BND=jnp.broadcast_to(hidden_BD[:, None], (B, N, hidden_BD.shape[-1])),
+      cache=decoder.new_cache(arch, B, N, C, compute_dtype),
+      tokens_BNC=jnp.zeros((B, N, C), jnp.int32),
+      logp_BNC=jnp.zeros((B, N, C), jnp.float32),
+      n_tokens_BN=jnp.zeros((B, N), jnp.int32),
+      finished_BN=jnp.zeros((B, N), bool),
+  )
+  end = jax.lax.while_loop(lambda loop: (loop.slot < C) & alive(loop).any(), decode, start)
+  return _pack(end, limits, prompts.n_prefix_G, J, widths)
+
+
+def _pack(end: _Loop, limits: Limits, n_prefix_G: jax.Array, n_rollouts: int, widths: tuple[int, ...]) -> Rollouts:
+  """The loop's outputs as Rollouts, each subgroup cut to its own width."""
+  B, N, C = end.tokens_BNC.shape
+  G = len(widths)
+  grouped = lambda x: x.reshape(B, G, n_rollouts, *x.shape[2:])
+  n_tokens_BGJ = grouped(end.n_tokens_BN)
+  slot_C = jnp.arange(C)
+  context_BGJ = jnp.broadcast_to(limits.context_prefix_G[None, :, None], n_tokens_BGJ.shape)
+  mask_BGJC = (slot_C < n_tokens_BGJ[..., None]) & (slot_C >= context_BGJ[..., None])
+  cut = lambda x_BGJC: tuple(x_BGJC[:, g, :, :w] for g, w in enumerate(widths))
+  uncounted_G = n_prefix_G - limits.counted_prefix_G
+  return Rollouts(
+      tokens=cut(grouped(end.tokens_BNC)),
+      completion_mask=cut(mask_BGJC),
+      logp_sampler=cut(grouped(end.logp_BNC)),
+      n_tokens_BGJ=n_tokens_BGJ,
+      n_gen_BGJ=n_tokens_BGJ - uncounted_G[None, :, None],
+      truncated_BGJ=~grouped(end.finished_BN),
+  )
