@@ -1,0 +1,204 @@
+"""From problem texts to the sampler's token arrays: chat template, `<think>` exactly once, budget sentence."""
+
+from collections.abc import Sequence
+import json
+import pathlib
+import re
+from typing import Any
+
+import jinja2
+import numpy as np
+import transformers
+
+from hbpo_jax.config import Config
+from hbpo_jax.structs import Prompts
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+NATURAL, EFFICIENCY = "natural", "efficiency"
+
+_EMPTY_THOUGHT = re.compile(rf"{THINK_OPEN}\s*{THINK_CLOSE}\s*\Z")
+
+
+class PromptBuilder:
+  """Builds prompts and forced openings for one tokenizer, and reads responses back.
+
+  eos_ids: sorted ids that end a response, of the tokenizer and of the checkpoint's generation_config.json.
+  thinking_opened: always True: a prompt ends inside `<think>`, so a response without `</think>` is unfinished.
+  """
+
+  thinking_opened = True
+
+  def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, cfg: Config, checkpoint_dir: str = ""):
+    """Checks the tokenizer.
+
+    Args:
+      tokenizer: of the model that is trained.
+      cfg: for `prompt` and `model.path`.
+      checkpoint_dir: where generation_config.json is looked for; empty means cfg.model.path where that is a directory.
+    Raises:
+      ValueError: when the tokenizer has no chat template or no EOS, or the budget sentence has no place for a budget.
+    """
+    name = tokenizer.name_or_path or cfg.model.path
+    if not tokenizer.chat_template:
+      raise ValueError(
+          f"The tokenizer of model.path={name!r} has no chat template; use an instruction-tuned checkpoint, or set"
+          " `chat_template` in its tokenizer_config.json.")
+    if tokenizer.eos_token_id is None:
+      raise ValueError(
+          f"The tokenizer of model.path={name!r} has no end-of-sequence token; set `eos_token` in its"
+          " tokenizer_config.json.")
+    if "{budget}" not in cfg.prompt.budget_sentence:
+      raise ValueError(
+          f"prompt.budget_sentence={cfg.prompt.budget_sentence!r} does not say where the budget goes; put {{budget}} in"
+          " it.")
+    self.eos_ids = eos_ids(tokenizer, checkpoint_dir or cfg.model.path)
+    self._own_eos = _int(tokenizer.eos_token_id)
+    self._tokenizer = tokenizer
+    self._cfg = cfg.prompt
+
+  def render(self, problem: str) -> str:
+    """The prompt's text, ending inside one opened `<think>`.
+
+    Templates differ in what they put behind the assistant's header: nothing, an opened `<think>`, or a closed empty
+    thought (thinking turned off); all three come out the same.
+
+    Raises:
+      ValueError: when the template fails, drops the problem, or puts words of its own into the thought.
+    """
+    content = f"{problem.strip()} {self._cfg.instruction}".strip()
+    messages = [{"role": "system", "content": self._cfg.system}] if self._cfg.system else []
+    messages.append({"role": "user", "content": content})
+    try:
+      # Templates without the switch ignore enable_thinking.
+      text = str(self._tokenizer.apply_chat_template(
+          messages, tokenize=False, add_generation_prompt=True, enable_thinking=True))
+    except jinja2.TemplateError as error:
+      remedy = "set prompt.system='' if it takes no system message" if self._cfg.system else "mend the template"
+      raise ValueError(f"The chat template refuses the prompt ({error}); {remedy}.") from error
+    start = text.rfind(content)
+    if start < 0:
+      raise ValueError(f"The chat template does not keep the problem {content[:80]!r} as it is; mend the template.")
+    head, tail = text[:start + len(content)], text[start + len(content):]
+    tail = _EMPTY_THOUGHT.sub("", tail)
+    match tail.count(THINK_OPEN), tail.count(THINK_CLOSE):
+      case 0, 0:
+        tail += THINK_OPEN + "\n"
+      case 1, 0:
+        pass
+      case _:
+        raise ValueError(
+            f"The chat template ends with {tail[-80:]!r}; it must open {THINK_OPEN} at most once, with nothing in it.")
+    return head + tail
+
+  def encode(self, problem: str) -> list[int]:
+    """Token ids of the prompt of one problem; no token is added to what the template writes (no second BOS)."""
+    return self._encode_plain(self.render(problem))
+
+  def prefix(self, what: str | int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The forced opening that follows `<think>`, one row per subgroup.
+
+    Args:
+      what: budgets, one subgroup each (training), or one evaluation mode, which is one subgroup: 'natural' (nothing),
+        'efficiency', or a budget as a number or a string of digits.
+    Returns:
+      (prefix_GF int32 [G, F] right-padded with 0, n_prefix_G int32 [G]); F is 0 for 'natural'.
+    Raises:
+      ValueError: when the mode does not exist, or there is no budget.
+    """
+    if isinstance(what, str) and what.isdecimal():
+      what = int(what)
+    match what:
+      case "natural":
+        rows = [[]]
+      case "efficiency":
+        rows = [self._encode_plain(self._cfg.efficiency_sentence)]
+      case str():
+        raise ValueError(f"eval.mode={what!r} does not exist; choose natural, efficiency, or a budget such as 512.")
+      case int():
+        rows = [self.budget_tokens(what)]
+      case _:
+        rows = [self.budget_tokens(b) for b in what]
+    if not rows:
+      raise ValueError("rollout.budgets=() is empty; give at least one budget.")
+    n_prefix_G = np.array([len(r) for r in rows], np.int32)
+    prefix_GF = np.zeros((len(rows), n_prefix_G.max()), np.int32)
+    for g, row in enumerate(rows):
+      prefix_GF[g, :len(row)] = row
+    return prefix_GF, n_prefix_G
+
+  def budget_tokens(self, budget: int) -> list[int]:
+    """Token ids of the budget sentence of one budget."""
+    return self._encode_plain(self._cfg.budget_sentence.replace("{budget}", str(budget)))
+
+  def encode_response(self, text: str) -> list[int]:
+    """Token ids of a worked response (for supervised training), the tokenizer's EOS at the end."""
+    return [*self._encode_plain(text), self._own_eos]
+
+  def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+    """Text of one response without its end-of-sequence token; other special tokens stay, grading reads some of them.
+
+    Args:
+      tokens: real tokens of one response, int [n], padding cut off.
+    """
+    ids = [int(t) for t in tokens]
+    while ids and ids[-1] in self.eos_ids:
+      ids.pop()
+    return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+  def batch(
+      self, problem_tokens: Sequence[Sequence[int]], prefix: tuple[np.ndarray, np.ndarray], max_prompt_tokens: int, *,
+      first_query: int = 0,
+  ) -> Prompts:
+    """The sampler's input for some prompts.
+
+    Args:
+      problem_tokens: B prompts as `encode` returns them.
+      prefix: as `prefix` returns it.
+      max_prompt_tokens: P.
+      first_query: position of the first prompt in the global batch (processes hold consecutive parts of it).
+    Returns:
+      Prompts of NumPy arrays, tokens left-padded to P, query_B = first_query + 0..B-1.
+    Raises:
+      ValueError: when a prompt is empty or longer than P.
+    """
+    n_prompt_B = np.array([len(t) for t in problem_tokens], np.int32)
+    tokens_BP = np.zeros((len(problem_tokens), max_prompt_tokens), np.int32)
+    for row, tokens in zip(tokens_BP, problem_tokens, strict=True):
+      if not 0 < len(tokens) <= max_prompt_tokens:
+        raise ValueError(
+            f"A prompt has {len(tokens)} tokens, data.max_prompt_tokens={max_prompt_tokens}; raise it or drop the"
+            " problem.")
+      row[max_prompt_tokens - len(tokens):] = tokens
+    query_B = np.arange(first_query, first_query + len(problem_tokens), dtype=np.int32)
+    return Prompts(tokens_BP, n_prompt_B, *prefix, query_B)
+
+  def _encode_plain(self, text: str) -> list[int]:
+    return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def eos_ids(tokenizer: transformers.PreTrainedTokenizerBase, checkpoint_dir: str = "") -> tuple[int, ...]:
+  """Sorted ids that end a response: the tokenizer's EOS and those of DIR/generation_config.json, if there is one.
+
+  Chat checkpoints often end a turn with another token than the tokenizer's EOS, and say so only in that file.
+
+  Raises:
+    ValueError: when the file cannot be read, or its eos_token_id is not an integer or a list of integers.
+  """
+  ids = {_int(tokenizer.eos_token_id)}
+  path = pathlib.Path(checkpoint_dir, "generation_config.json")
+  if checkpoint_dir and path.is_file():
+    try:
+      listed = json.loads(path.read_text(encoding="utf-8"))["eos_token_id"]
+    except KeyError:  # The file need not name one.
+      listed = []
+    except (OSError, ValueError) as error:
+      raise ValueError(f"{path} cannot be read ({error}); copy it from the checkpoint again, or remove it.") from error
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not all(type(i) is int for i in listed):
+      raise ValueError(f"{path}: eos_token_id={listed!r} must be an integer or a list of integers; correct the file.")
+    ids |= set(listed)
+  return tuple(sorted(ids))
+
+
+def _int(token_id: Any) -> int:
+  return int(token_id)
