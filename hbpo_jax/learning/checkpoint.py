@@ -1,0 +1,263 @@
+"""Checkpoints of the training state, written by Orbax in the background; a damaged one is noticed and passed over.
+
+A checkpoint holds two items, `state` (the arrays of TrainState) and `meta` (JSON of the caller's), and two kinds of
+checksums: of every file, written before Orbax renames the finished directory into place, and of every array, taken
+on the devices at the moment of `save`. Random keys are functions of (seed, step), so numbers are all their state.
+"""
+
+from collections.abc import Callable
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from hbpo_jax.config import CheckpointConfig
+from hbpo_jax.structs import TrainState
+
+ITEMS = ("state", "meta")
+CHECKSUMS = "checksums.json"
+_log = logging.getLogger(__name__)
+
+
+class DamagedCheckpointError(ValueError):
+  """A checkpoint's files or arrays are not what was saved."""
+
+
+class Checkpointer:
+  """Saves to and restores from one directory. A context manager: leaving it waits for the last save."""
+
+  def __init__(self, directory: str | os.PathLike, cfg: CheckpointConfig, *, must_exist: bool = False):
+    """Opens, and unless must_exist creates, the directory; removes what a killed save has left.
+
+    Args:
+      directory: of the checkpoints, one folder per step.
+      cfg: save_every and max_to_keep are read.
+      must_exist: True = refuse a directory without checkpoints.
+    Raises:
+      FileNotFoundError: when must_exist and there is no checkpoint.
+      ValueError: when max_to_keep is below 1.
+    """
+    self.directory = pathlib.Path(directory).absolute()
+    self._cfg = cfg
+    self._saving = -1
+    if cfg.max_to_keep < 1:
+      raise ValueError(f"checkpoint.max_to_keep={cfg.max_to_keep} keeps nothing; set it to at least 1.")
+    if must_exist and not any(path.name.isdecimal() for path in self.directory.glob("*")):
+      raise FileNotFoundError(f"{self.directory} holds no checkpoint; give the directory of a run that saved one.")
+    self._manager = ocp.CheckpointManager(
+        self.directory, item_names=ITEMS, options=ocp.CheckpointManagerOptions(
+            max_to_keep=cfg.max_to_keep, cleanup_tmp_directories=True, enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)))
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()
+
+  def steps(self) -> list[int]:
+    """Steps with a finished checkpoint, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def due(self, step: int, *, last: int) -> bool:
+    """Whether to save once `step` steps are done: every save_every, and always the last."""
+    return step == last or (self._cfg.save_every > 0 and step % self._cfg.save_every == 0)
+
+  def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> bool:
+    """Starts saving and returns once the arrays are copied; the state may then be donated.
+
+    Waits first for a save that is still on its way to disk.
+
+    Args:
+      step: steps done.
+      state: the training state.
+      meta: what else a resumed run needs, such as the data iterator's state; plain JSON values.
+    Returns:
+      False when a checkpoint of this step is there already; nothing is written then.
+    Raises:
+      ValueError: when meta is not JSON.
+    """
+    self.wait()
+    if step in self._manager.all_steps():
+      return False
+    try:
+      content = json.loads(json.dumps(
+          {"step": step, "meta": meta, "arrays": _kinds(state), "sums": fingerprint(state)}, allow_nan=False))
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"the checkpoint's meta is not plain JSON ({error}); convert its values first.") from error
+    self._saving = step
+    return self._manager.save(
+        step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(content)), force=True)
+
+  def restore_latest(
+      self, abstract_state: TrainState, *, check: Callable[[dict[str, Any]], None] | None = None
+  ) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest good checkpoint, or None where there is none at all.
+
+    A damaged checkpoint is logged and passed over for the one before it. Once an older one is found good, the
+    damaged ones are moved to a sibling directory `..._damaged`, so that their steps can be saved again.
+
+    Args:
+      abstract_state: `Learner.abstract_state()`; its shardings may be of another mesh than the one that saved.
+      check: called with meta before the arrays are read; may raise to refuse the checkpoint (another model, another
+        seed), which ends the search.
+    Returns:
+      (state, meta as given to `save`).
+    Raises:
+      ValueError: when there are checkpoints but all are damaged (names the directory and each one's fault), or when a
+        good one does not fit abstract_state.
+    """
+    faults: dict[int, str] = {}
+    for step in reversed(self.steps()):
+      try:
+        self._check_files(step)
+        content = self._read_meta(step)
+        if check is not None:
+          check(content["meta"])
+        self._check_fit(step, abstract_state, content["arrays"])
+        state = self._read_state(step, abstract_state, content["sums"])
+      except (DamagedCheckpointError, OSError) as error:
+        faults[step] = str(error)
+        _log.warning("skipping the damaged checkpoint of step %d in %s: %s.", step, self.directory, error)
+        continue
+      self._move_away(list(faults))
+      return state, content["meta"]
+    if faults:
+      listed = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
+      raise ValueError(
+          f"all checkpoints in {self.directory} are damaged ({listed}); restore the files, or delete the directory or "
+          "give another --workdir to start over.")
+    return None
+
+  def wait(self) -> None:
+    """Returns when all saves are on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for the saves and releases the background threads."""
+    self._manager.close()
+
+  def _write_checksums(self) -> None:
+    """Orbax's background thread calls this when a checkpoint's files are complete, before it gets its final name."""
+    if jax.process_index() != 0:
+      return
+    step = str(self._saving)
+    folders = [p for p in self.directory.iterdir() if p.name == step or p.name.startswith(step + ".")]
+    if len(folders) != 1:
+      found = [p.name for p in folders]
+      raise FileNotFoundError(f"{self.directory}: expected one folder of step {step}, found {found}.")
+    (folders[0] / CHECKSUMS).write_text(json.dumps(_file_checksums(folders[0])))
+
+  def _check_files(self, step: int) -> None:
+    """Finds damage before Orbax does, whose answer to it is pages of traceback."""
+    folder = self.directory / str(step)
+    try:
+      expected = json.loads((folder / CHECKSUMS).read_text())
+    except (ValueError, FileNotFoundError) as error:
+      raise DamagedCheckpointError(f"{CHECKSUMS} is missing or not readable") from error
+    found = _file_checksums(folder)
+    if not isinstance(expected, dict) or not expected:
+      raise DamagedCheckpointError(f"{CHECKSUMS} is not a list of files")
+    for name in sorted(expected):
+      if name not in found:
+        raise DamagedCheckpointError(f"{name} is missing")
+      if found[name] != expected[name]:
+        raise DamagedCheckpointError(f"{name} does not match its checksum")
+
+  def _read_meta(self, step: int) -> dict[str, Any]:
+    content = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if content["step"] != step:
+      raise DamagedCheckpointError(f"its content is of step {content['step']}")
+    return content
+
+  def _check_fit(self, step: int, abstract_state: TrainState, saved: dict[str, str]) -> None:
+    wanted = _kinds(abstract_state)
+    for name in sorted(wanted.keys() | saved):
+      if wanted.get(name) != saved.get(name):
+        raise ValueError(
+            f"the checkpoint of step {step} in {self.directory} does not fit this model or optimizer: {name} is "
+            f"{saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} here; use the settings that it was saved "
+            "with, or give another --workdir.")
+
+  def _read_state(self, step: int, abstract_state: TrainState, expected: dict[str, int]) -> TrainState:
+    state = self._manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))["state"]
+    found = fingerprint(state)
+    if wrong := sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name)):
+      raise DamagedCheckpointError(f"array {wrong[0]} does not match its checksum")
+    return state
+
+  def _move_away(self, steps: list[int]) -> None:
+    if not steps:
+      return
+    if jax.process_index() == 0:
+      target = self.directory.with_name(self.directory.name + "_damaged")
+      target.mkdir(exist_ok=True)
+      for step in steps:
+        n = sum(1 for _ in target.glob(f"{step}.*"))
+        (self.directory / str(step)).rename(target / f"{step}.{n}")
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("damaged checkpoints moved")
+    self._manager.reload()
+
+
+def fingerprint(tree: Any) -> dict[str, int]:
+  """A checksum of every array by its path in the tree: an integer in [0, 2^32) that no sharding changes.
+
+      sum_i mix(bits_i + 0x9E3779B9 * (i + 1)) mod 2^32      i = position in row-major order
+
+  `mix` is a bijection of 32-bit words (MurmurHash3's last step), so a change of any single element changes the sum.
+  """
+  paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  sums = jax.device_get(_checksums(jax.tree.leaves(tree)))
+  return {path: int(value) for path, value in zip(paths, sums, strict=True)}
+
+
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+  return [_checksum(x) for x in arrays]
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+  if x.dtype == jnp.bool_:
+    bits = x.astype(jnp.uint32)
+  else:
+    # Types wider than 32 bits gain a trailing axis of 32-bit words.
+    width = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
+    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+  # The position is summed from one iota per axis: flattening would gather a sharded array.
+  position = jnp.zeros((), jnp.uint32)
+  for axis, length in enumerate(bits.shape):
+    position = position * np.uint32(length % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+  return jnp.sum(_mix(bits + np.uint32(0x9E3779B9) * (position + 1)), dtype=jnp.uint32)
+
+
+def _mix(h: jax.Array) -> jax.Array:
+  h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+  h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+  return h ^ (h >> 16)
+
+
+def _file_checksums(folder: pathlib.Path) -> dict[str, str]:
+  """SHA-256 of every file of the items. Orbax still touches its own files beside them, and its commit markers."""
+  sums = {}
+  for item in ITEMS:
+    for path in sorted((folder / item).rglob("*")):
+      if path.is_file() and not path.name.startswith("commit_success"):
+        with path.open("rb") as file:
+          sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+  return sums
+
+
+def _kinds(tree: Any) -> dict[str, str]:
+  """dtype and shape of every (abstract) array, by its path."""
+  return {
+      jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in jax.tree_util.tree_leaves_with_path(tree)}

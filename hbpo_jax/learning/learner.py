@@ -1,0 +1,312 @@
+"""The learner: training state, scoring, and updates, each compiled once for a mesh.
+
+`grads` and `apply` are pure; `Learner` holds them jitted, with shardings and donation.
+"""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import optax
+
+from hbpo_jax.config import Config
+from hbpo_jax.learning import optimizer, scoring
+from hbpo_jax.learning.scoring import batch_logps, chunked_logps, score  # noqa: F401  (the room's front door)
+from hbpo_jax.models import decoder, sharding
+from hbpo_jax.models.architecture import Architecture
+from hbpo_jax.objective import loss
+from hbpo_jax.structs import Batch, TrainState
+
+Metrics = dict[str, jax.Array]
+# What one forward-backward returns: (token-mean loss [], its sums).
+LossFunction = Callable[[Any, Batch, jax.Array], tuple[jax.Array, loss.LossSums]]
+
+
+def policy_loss(
+    params: Any, batch: Batch, n_tokens: jax.Array, temperature: jax.Array | float,
+    *, arch: Architecture, cfg: Config, shards: int = 1,
+) -> tuple[jax.Array, loss.LossSums]:
+  """A micro-batch's share of the minibatch's loss: sum over its tokens / tokens of the whole minibatch.
+
+  Args:
+    batch: with advantage_R, logp_old_RC and what cfg.loss needs.
+    n_tokens: float32 [], tokens that carry loss in the whole minibatch.
+    temperature: float [], of the sampler.
+  Returns:
+    (float32 [], LossSums of the micro-batch).
+  Raises:
+    ValueError: when an array that the loss needs is None.
+  Source: Eq. 6.
+  """
+  if batch.advantage_R is None or batch.logp_old_RC is None:
+    missing = "advantage_R" if batch.advantage_R is None else "logp_old_RC"
+    raise ValueError(f"batch.{missing} is None; compute the advantages and score the batch before updating.")
+  logp_RC = batch_logps(params, arch, cfg, batch, temperature, shards=shards)
+  sums = loss.policy_sums(
+      logp_RC, batch.logp_old_RC, batch.advantage_R, batch.completion_mask_RC, cfg=cfg.loss,
+      logp_ref_RC=batch.logp_ref_RC, logp_sampler_RC=batch.logp_sampler_RC)
+  return sums.loss / n_tokens, sums
+
+
+def supervised_loss(
+    params: Any, batch: Batch, n_tokens: jax.Array, *, arch: Architecture, cfg: Config, shards: int = 1
+) -> tuple[jax.Array, loss.LossSums]:
+  """A micro-batch's share of the token-mean cross-entropy; of the sums only `loss` is set."""
+  logp_RC = batch_logps(params, arch, cfg, batch, 1.0, shards=shards)
+  total = loss.cross_entropy_sum(logp_RC, batch.completion_mask_RC)
+  return total / n_tokens, loss.LossSums.zero().replace(loss=jax.lax.stop_gradient(total))
+
+
+def grads(
+    loss_fn: LossFunction, params: Any, batch: Batch, *, n_micro: int = 1, shards: int = 1, shardings: Any = None
+) -> tuple[Any, loss.LossSums, jax.Array]:
+  """Gradient of the minibatch's token-mean loss, added up over micro-batches in float32.
+
+  Args:
+    loss_fn: `policy_loss` or `supervised_loss`, with its settings bound.
+    batch: the whole minibatch.
+    n_micro: micro-batches; no effect on the result but rounding.
+    shards: devices over which the rows are split.
+    shardings: of the gradients, like params; None leaves them to the compiler.
+  Returns:
+    (float32 gradients like params, LossSums of the minibatch, float32 [] tokens that carry loss).
+  """
+  n_tokens = jnp.sum(batch.completion_mask_RC, dtype=jnp.float32)
+  divisor = jnp.maximum(n_tokens, 1.0)
+
+  def one(carry, micro):
+    (_, sums), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, micro, divisor)
+    total, total_sums = carry
+    return (pin(jax.tree.map(lambda a, g: a + g.astype(jnp.float32), total, gradient)), total_sums.add(sums)), None
+
+  def pin(tree):
+    return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
+
+  zeros = pin(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+  micro_batches = scoring.cut_micro_batches(batch, n_micro, shards)
+  (gradient, sums), _ = jax.lax.scan(one, (zeros, loss.LossSums.zero()), micro_batches)
+  return gradient, sums, n_tokens
+
+
+def apply(
+    state: TrainState, gradient: Any, mean_loss: jax.Array, tx: optax.GradientTransformation
+) -> tuple[TrainState, Metrics]:
+  """One optimizer update; where the loss or the gradient norm is not finite, the state as it was.
+
+  Args:
+    gradient: float32, like params.
+    mean_loss: float32 [].
+  Returns:
+    (state, metrics): grad_norm before clipping, and nonfinite, 1 if the update was skipped, else 0.
+  """
+  norm = optax.tree.norm(gradient)
+  finite = jnp.isfinite(mean_loss) & jnp.isfinite(norm)
+  # The optimizer works in float32 even when the weights are stored in bfloat16.
+  master = jax.tree.map(lambda p: p.astype(jnp.float32), state.params)
+  updates, opt_state = tx.update(gradient, state.opt_state, master)
+  params = jax.tree.map(lambda p, m, u: (m + u).astype(p.dtype), state.params, master, updates)
+  params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state))
+  state = state.replace(params=params, opt_state=opt_state, update=state.update + finite.astype(jnp.int32))
+  return state, {"grad_norm": norm, "nonfinite": 1.0 - finite.astype(jnp.float32)}
+
+
+def sampler_gap(batch: Batch) -> Metrics:
+  """Mean and maximum of |logp_old - logp_sampler| over the tokens that carry loss; float32 [], 0 without tokens.
+
+  With top-p or top-k below 1 the two distributions differ on purpose.
+
+  Raises:
+    ValueError: when one of the two is None.
+  """
+  if batch.logp_old_RC is None or batch.logp_sampler_RC is None:
+    raise ValueError("batch.logp_old_RC or logp_sampler_RC is None; score the batch and keep the sampler's values.")
+  mask_RC = batch.completion_mask_RC
+  gap_RC = jnp.where(mask_RC, jnp.abs(batch.logp_old_RC - batch.logp_sampler_RC), 0.0)
+  n_tokens = jnp.maximum(jnp.sum(mask_RC, dtype=jnp.float32), 1.0)
+  return {"sampler_gap_mean": jnp.sum(gap_RC) / n_tokens, "sampler_gap_max": jnp.max(gap_RC, initial=0.0)}
+
+
+def check_finite(metrics: dict[str, Any], step: int) -> None:
+  """Raises for a skipped update; for learner.nonfinite='stop', on the host, once the metrics are there.
+
+  Args:
+    metrics: of `Learner.update`.
+    step: the rollout batch they belong to.
+  Raises:
+    FloatingPointError: when the loss or the gradient norm is not finite; names the step and the metric.
+  """
+  for name in ("loss", "grad_norm"):
+    if not math.isfinite(value := float(metrics[name])):
+      raise FloatingPointError(
+          f"step {step}: {name} is {value}; the update was not applied. Lower optimizer.learning_rate, "
+          "or set learner.nonfinite='skip' to go on without such updates.")
+
+
+class Learner:
+  """Jitted scoring and updates on one mesh. All methods take and return global arrays.
+
+  Attributes:
+    param_shardings: NamedSharding of every parameter.
+    state_shardings: TrainState of NamedShardings; the optimizer's moments lie like their parameters.
+    shards: devices over which rows are split (data x fsdp).
+    schedule: learning rate by update.
+  """
+
+  def __init__(self, arch: Architecture, cfg: Config, mesh: Mesh, *, total_updates: int | None = None):
+    """Builds the jitted functions; compiles nothing yet.
+
+    Args:
+      arch: the network.
+      cfg: the run's settings.
+      mesh: axes data, fsdp, tensor.
+      total_updates: length of the learning-rate schedule; None means cfg.steps * cfg.learner.minibatches.
+    Raises:
+      ValueError: when optimizer.schedule does not exist.
+    """
+    total = cfg.steps * cfg.learner.minibatches if total_updates is None else total_updates
+    self.arch, self.cfg, self.mesh = arch, cfg, mesh
+    self.shards = mesh.size // mesh.shape["tensor"]
+    self.schedule = optimizer.learning_rate(cfg.optimizer, total)
+    self._tx = optimizer.make(cfg.optimizer, total)
+    self._rows = sharding.batch_sharding(mesh, 1)  # of the leading axis, whatever follows it
+    whole: Any = sharding.replicated(mesh)
+    self.param_shardings = sharding.param_shardings(arch, mesh)
+    self.state_shardings = TrainState(
+        step=whole, update=whole, params=self.param_shardings,
+        opt_state=_opt_state_shardings(self._tx, arch, self.param_shardings, whole))
+    policy = functools.partial(policy_loss, arch=arch, cfg=cfg, shards=self.shards)
+    supervised = functools.partial(supervised_loss, arch=arch, cfg=cfg, shards=self.shards)
+    jit_update = functools.partial(
+        jax.jit, donate_argnums=0, in_shardings=(self.state_shardings, self._rows, None),
+        out_shardings=(self.state_shardings, whole))
+    self._init_opt = jax.jit(self._init_opt_traced, out_shardings=self.state_shardings.opt_state)
+    self._score = jax.jit(
+        self._score_traced, in_shardings=(self.param_shardings, self._rows, None), out_shardings=self._rows)
+    self._update = jit_update(functools.partial(self._update_traced, policy))
+    self._sft_update = jit_update(
+        functools.partial(self._update_traced, lambda p, b, n, _: supervised(p, b, n)))
+    self._split = jax.jit(self._split_traced, in_shardings=self._rows, out_shardings=self._rows)
+    self._gap = jax.jit(sampler_gap, in_shardings=self._rows, out_shardings=whole)
+
+  def new_state(self, params: Any) -> TrainState:
+    """Step 0 with fresh optimizer moments. The state takes over `params`: `update` consumes these very arrays."""
+    params = jax.device_put(params, self.param_shardings)
+    zero = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(self.mesh))
+    # Two buffers, because each is donated on its own.
+    return TrainState(step=zero, update=jnp.copy(zero), params=params, opt_state=self._init_opt(params))
+
+  def abstract_state(self) -> TrainState:
+    """Shapes, dtypes and shardings of the state, for restoring a checkpoint."""
+    def described(params):
+      zero = jnp.zeros((), jnp.int32)
+      return TrainState(step=zero, update=zero, params=params, opt_state=self._init_opt_traced(params))
+
+    shapes = jax.eval_shape(described, _abstract_params(self.arch, self.cfg.model.param_dtype))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings)
+
+  def place(self, batch: Batch) -> Batch:
+    """The batch with its rows over data and fsdp.
+
+    Raises:
+      ValueError: when the rows do not divide over the devices.
+    """
+    rows = batch.tokens_RT.shape[0]
+    if rows % self.shards:
+      raise ValueError(
+          f"a batch of {rows} rows does not divide over mesh.data x mesh.fsdp = {self.shards} devices; change "
+          "rollout.queries, rollout.rollouts_per_query or learner.minibatches, or the mesh.")
+    return jax.device_put(batch, self._rows)
+
+  def score(self, params: Any, batch: Batch) -> jax.Array:
+    """float32 [R, C]: log-probability of every real completion token at the sampling temperature, 0 at padding."""
+    batch = self.place(scoring.forward_fields(batch))
+    with jax.set_mesh(self.mesh):
+      return self._score(params, batch, self.cfg.rollout.temperature)
+
+  def sampler_gap(self, batch: Batch) -> Metrics:
+    """As the function of that name; needs logp_old_RC and logp_sampler_RC."""
+    return self._gap(self.place(batch))
+
+  def split_minibatches(self, batch: Batch) -> tuple[Batch, ...]:
+    """learner.minibatches batches of whole queries, in the queries' order.
+
+    Raises:
+      ValueError: when the minibatches do not divide the rows, or these not the devices.
+    """
+    rows, n = batch.tokens_RT.shape[0], self.cfg.learner.minibatches
+    if rows % n or rows // n % self.shards:
+      raise ValueError(
+          f"learner.minibatches={n} does not cut {rows} rows into parts that divide over mesh.data x mesh.fsdp = "
+          f"{self.shards} devices; choose minibatches that divide rollout.queries, and a smaller mesh or more queries.")
+    with jax.set_mesh(self.mesh):
+      return self._split(self.place(batch))
+
+  def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One policy update from one minibatch. The given state is consumed (donated).
+
+    Args:
+      batch: advantage_R and logp_old_RC set; logp_ref_RC if kl_coef is not 0, logp_sampler_RC if importance_cap is set.
+    Returns:
+      (state, metrics), metrics on the device, float32 []: loss, policy_loss, kl_ref, clip_fraction_low, _high, _dual,
+      ratio_mean, ratio_max, approx_kl, importance_mean, grad_norm (before clipping), lr, tokens, nonfinite.
+    Raises:
+      ValueError: when an array that the settings need is None.
+    """
+    cfg = self.cfg.loss
+    batch = batch.replace(
+        logp_ref_RC=batch.logp_ref_RC if cfg.kl_coef != 0 else None,
+        logp_sampler_RC=batch.logp_sampler_RC if cfg.importance_cap is not None else None)
+    with jax.set_mesh(self.mesh):
+      return self._update(state, self.place(batch), self.cfg.rollout.temperature)
+
+  def sft_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One supervised update on the tokens of completion_mask_RC. The given state is consumed (donated).
+
+    Returns:
+      (state, metrics), metrics on the device, float32 []: loss (nats per token), grad_norm, lr, tokens, nonfinite.
+    """
+    with jax.set_mesh(self.mesh):
+      state, metrics = self._sft_update(state, self.place(scoring.forward_fields(batch)), 1.0)
+    return state, {name: metrics[name] for name in ("loss", "grad_norm", "lr", "tokens", "nonfinite")}
+
+  def _init_opt_traced(self, params):
+    return self._tx.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+
+  def _score_traced(self, params, batch, temperature):
+    rows = batch.tokens_RT.shape[0]
+    # Without a micro-batch size, as many rows at once as an update takes.
+    per_pass = self.cfg.learner.microbatch_rows or max(rows // self.cfg.learner.minibatches, 1)
+    n_micro = scoring.count_micro_batches(rows, per_pass, self.shards)
+    return score(params, self.arch, self.cfg, batch, temperature, shards=self.shards, n_micro=n_micro)
+
+  def _split_traced(self, batch):
+    n = self.cfg.learner.minibatches
+    rows = batch.tokens_RT.shape[0] // n
+    return tuple(jax.tree.map(lambda x, i=i: x[i * rows:(i + 1) * rows], batch) for i in range(n))
+
+  def _update_traced(self, loss_fn, state, batch, temperature):
+    n_micro = scoring.count_micro_batches(batch.tokens_RT.shape[0], self.cfg.learner.microbatch_rows, self.shards)
+    gradient, sums, n_tokens = grads(
+        lambda params, micro, n: loss_fn(params, micro, n, temperature), state.params, batch,
+        n_micro=n_micro, shards=self.shards, shardings=self.param_shardings)
+    metrics = loss.mean_metrics(sums, jnp.maximum(n_tokens, 1.0)) | {
+        "lr": self.schedule(state.update), "tokens": n_tokens}
+    state, applied = apply(state, gradient, metrics["loss"], self._tx)
+    return state, metrics | applied
+
+
+def _abstract_params(arch: Architecture, param_dtype: str) -> Any:
+
+  return jax.eval_shape(functools.partial(decoder.init, arch, param_dtype=jnp.dtype(param_dtype)), jax.random.key(0))
+
+
+def _opt_state_shardings(tx, arch, param_shardings, whole):
+  shapes = jax.eval_shape(tx.init, _abstract_params(arch, "float32"))
+  return optax.tree_map_params(
+      tx, lambda _, s: s, shapes, param_shardings, transform_non_params=lambda _: whole)

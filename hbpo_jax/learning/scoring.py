@@ -1,0 +1,201 @@
+"""Log-probabilities of the completions' tokens, without ever holding an [R, T, V] array, and the micro-batch cut."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hbpo_jax.config import Config
+from hbpo_jax.models import decoder
+from hbpo_jax.models.architecture import Architecture
+from hbpo_jax.models.attention import product
+from hbpo_jax.models.sharding import constrain
+from hbpo_jax.structs import Batch
+
+
+def chunked_logps(
+    hidden_RCD: jax.Array,
+    head_VD: jax.Array,
+    targets_RC: jax.Array,
+    *,
+    temperature: jax.Array | float,
+    chunk: int,
+    shards: int = 1,
+) -> jax.Array:
+  """Log-probability of each target, from the hidden state that predicts it.
+
+      logp = z[target] - logsumexp(z),   z = hidden @ head.T / temperature
+
+  A scan over chunks of tokens; the backward pass computes a chunk's logits again instead of keeping them.
+
+  Args:
+    hidden_RCD: float [R, C, D]; matmul operands take its dtype, sums are float32.
+    head_VD: float [V, D], the output head.
+    targets_RC: int32 [R, C].
+    temperature: float [], above 0; gets no gradient.
+    chunk: tokens per chunk and shard; need not divide R * C.
+    shards: devices over which the rows are split in contiguous blocks; divides R. Every chunk then holds tokens of
+      all of them, and the head's gradient crosses devices once instead of once per chunk.
+  Returns:
+    float32 [R, C].
+  """
+  R, C = targets_RC.shape
+  local = R // shards * C
+  n_chunks = math.ceil(local / min(chunk, local))
+  size = math.ceil(local / n_chunks)
+
+  def cut(x):
+    x = x.reshape(shards, local, *x.shape[2:])
+    x = jnp.pad(x, ((0, 0), (0, n_chunks * size - local)) + ((0, 0),) * (x.ndim - 2))
+    return x.reshape(shards, n_chunks, size, *x.shape[2:]).swapaxes(0, 1)
+
+  logp = _chunk_scan(cut(hidden_RCD), head_VD, cut(targets_RC), jnp.asarray(temperature, jnp.float32))
+  return logp.swapaxes(0, 1).reshape(shards, n_chunks * size)[:, :local].reshape(R, C)
+
+
+def _logits(hidden: jax.Array, head: jax.Array, temperature: jax.Array) -> jax.Array:
+  """float32 [shards, chunk, V]."""
+  return constrain(product("scd,vd->scv", hidden, head), "batch", "none", "vocab") / temperature
+
+
+def _one_hot(targets: jax.Array, n_vocab: int) -> jax.Array:
+  # A comparison, not a gather: it fuses into the reductions, and a vocabulary split over devices stays split.
+  return targets[..., None] == jnp.arange(n_vocab, dtype=targets.dtype)
+
+
+def _gathered(head_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """The head in the compute dtype, whole in D, so that no chunk has to fetch it again."""
+  return constrain(head_VD.astype(dtype), "vocab", "none")
+
+
+@jax.custom_vjp
+def _chunk_scan(hidden, head, targets, temperature):
+  """logp [n, shards, chunk] of hidden [n, shards, chunk, D], head [V, D], targets [n, shards, chunk]."""
+  return _forward(hidden, head, targets, temperature)[0]
+
+
+def _forward(hidden, head, targets, temperature):
+  used = _gathered(head, hidden.dtype)
+
+  def body(_, x):
+    hidden, targets = x
+    logits = _logits(hidden, used, temperature)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.sum(jnp.where(_one_hot(targets, logits.shape[-1]), logits, 0.0), axis=-1)
+    return None, (chosen - total, total)
+
+  _, (logp, total) = jax.lax.scan(body, None, (hidden, targets))
+  return logp, (hidden, head, targets, temperature, total)
+
+
+def _backward(kept, cotangent):
+  hidden, head, targets, temperature, total = kept
+  used = _gathered(head, hidden.dtype)
+  # One head gradient per shard: summing over shards inside the loop would be an all-reduce per chunk.
+  shards_VD = constrain(jnp.zeros((hidden.shape[1], *head.shape), jnp.float32), "batch", "vocab", "none")
+
+  def body(head_grad, x):
+    hidden, targets, total, cotangent = x
+    logits = _logits(hidden, used, temperature)
+    error = _one_hot(targets, logits.shape[-1]) - jnp.exp(logits - total[..., None])
+    error = (error * (cotangent / temperature)[..., None]).astype(hidden.dtype)
+    head_grad = head_grad + product("scv,scd->svd", error, hidden)
+    return constrain(head_grad, "batch", "vocab", "none"), product("scv,vd->scd", error, used).astype(hidden.dtype)
+
+  head_grad, hidden_grad = jax.lax.scan(body, shards_VD, (hidden, targets, total, cotangent))
+  return hidden_grad, jnp.sum(head_grad, axis=0).astype(head.dtype), None, jnp.zeros_like(temperature)
+
+
+_chunk_scan.defvjp(_forward, _backward)
+
+
+def batch_logps(
+    params: Any, arch: Architecture, cfg: Config, batch: Batch, temperature: jax.Array | float, *, shards: int = 1
+) -> jax.Array:
+  """Log-probability of every real completion token under `params`, in one forward pass over all rows.
+
+  Completion slot c is token column P + c and is predicted by the hidden state of column P + c - 1.
+
+  Args:
+    params: of `decoder.init`.
+    arch: the network.
+    cfg: model.compute_dtype, model.remat and learner.logprob_chunk are read.
+    batch: its tokens, segments, positions and completion mask are read.
+    temperature: float [], divides the logits.
+    shards: as in `chunked_logps`.
+  Returns:
+    float32 [R, C], 0 at padding.
+  """
+  C = batch.completion_mask_RC.shape[1]
+  P = batch.tokens_RT.shape[1] - C
+  hidden_RTD = decoder.forward(
+      params, arch, batch.tokens_RT, batch.segment_RT, batch.position_RT,
+      compute_dtype=jnp.dtype(cfg.model.compute_dtype), remat=cfg.model.remat)
+  logp_RC = chunked_logps(
+      hidden_RTD[:, P - 1:P + C - 1], decoder.head_matrix(params, arch), batch.tokens_RT[:, P:],
+      temperature=temperature, chunk=cfg.learner.logprob_chunk, shards=shards)
+  return jnp.where(batch.segment_RT[:, P:] != 0, logp_RC, 0.0)
+
+
+def score(
+    params: Any,
+    arch: Architecture,
+    cfg: Config,
+    batch: Batch,
+    temperature: jax.Array | float,
+    *,
+    shards: int = 1,
+    n_micro: int = 1,
+) -> jax.Array:
+  """`batch_logps`, one micro-batch after the other; float32 [R, C], 0 at padding.
+
+  Args:
+    n_micro: micro-batches, which bounds the memory and has no other effect.
+  """
+  rows = batch.tokens_RT.shape[0]
+  micro = cut_micro_batches(forward_fields(batch), n_micro, shards)
+  logp = jax.lax.map(
+      functools.partial(batch_logps, params, arch, cfg, temperature=temperature, shards=shards), micro)
+  return join_micro_batches(logp, rows, shards)
+
+
+def forward_fields(batch: Batch) -> Batch:
+  """The batch with only what a forward pass reads."""
+  return Batch(batch.tokens_RT, batch.segment_RT, batch.position_RT, batch.completion_mask_RC)
+
+
+def count_micro_batches(rows: int, microbatch_rows: int, shards: int) -> int:
+  """Micro-batches of about `microbatch_rows` rows, rounded up to the same number of rows per shard; 0 means one."""
+  if microbatch_rows == 0:
+    return 1
+  return math.ceil(rows // shards / math.ceil(microbatch_rows / shards))
+
+
+def cut_micro_batches(tree: Any, n_micro: int, shards: int) -> Any:
+  """Arrays [R, ...] as [n_micro, rows, ...]; every shard gives its own next rows, so none moves between devices.
+
+  Where the rows do not come out even, empty ones are added: no mask, no segment, zeros elsewhere.
+
+  Args:
+    tree: arrays [R, ...], rows split over `shards` devices in contiguous blocks; `shards` divides R.
+  """
+  def cut(x):
+    local = x.shape[0] // shards
+    size = math.ceil(local / n_micro)
+    x = x.reshape(shards, local, *x.shape[1:])
+    x = jnp.pad(x, ((0, 0), (0, n_micro * size - local)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(shards, n_micro, size, *x.shape[2:]).swapaxes(0, 1)
+    x = x.reshape(n_micro, shards * size, *x.shape[3:])
+    return constrain(x, "none", "batch", *["none"] * (x.ndim - 2))
+
+  return jax.tree.map(cut, tree)
+
+
+def join_micro_batches(x: jax.Array, rows: int, shards: int) -> jax.Array:
+  """The inverse of `cut_micro_batches` for one array: [rows, ...], without the added rows."""
+  n_micro, per_micro = x.shape[:2]
+  x = x.reshape(n_micro, shards, per_micro // shards, *x.shape[2:]).swapaxes(0, 1)
+  x = x.reshape(shards, n_micro * (per_micro // shards), *x.shape[3:])
+  return constrain(x[:, :rows // shards].reshape(rows, *x.shape[2:]), "batch", *["none"] * (x.ndim - 2))

@@ -1,0 +1,111 @@
+"""Rewards of responses under token budgets, and the baseline that A_intra subtracts.
+
+    f1(n, b) = beta * cos(pi * n / (2 * L_max)) - alpha * |n - b|
+    f2(b)    = beta * cos(pi * b / (2 * L_max))
+"""
+
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from hbpo_jax.config import RewardConfig
+
+FORMS = ("piecewise", "min", "classic", "cosine")
+FORMS_WITH_BASELINE = ("piecewise", "min")
+
+
+def compute(
+    n_gen_BGJ: Any,
+    correct_BGJ: Any,
+    budget_tokens_G: Any,
+    *,
+    cfg: RewardConfig,
+    finished_BGJ: Any = None,
+) -> jax.Array:
+  """Reward of every response.
+
+  For a response with n <= L_max, times its correctness (0 or 1, or a grader's number between); else 0:
+
+      piecewise  f2(b) if n <= b, f1(n, b) if n > b
+      min        min(f1(n, b), f2(b))
+      classic    1
+      cosine     beta * cos(pi * n / (2 * L_max))
+
+  A response that is unfinished and not correct gets cfg.unfinished_reward, whatever its length.
+
+  Args:
+    n_gen_BGJ: int [B, G, J], counted tokens of each response.
+    correct_BGJ: bool or float [B, G, J], in [0, 1].
+    budget_tokens_G: int [G], budget of each subgroup.
+    cfg: the reward's settings; alpha None means 1 / L_max.
+    finished_BGJ: bool [B, G, J], True = the response reached its answer; None means all did.
+  Returns:
+    float [B, G, J] in JAX's default float dtype; negative far above the budget.
+  Raises:
+    ValueError: when cfg.form does not exist.
+  Source: Section 3.2, Eqs. 1-3; differs from the release: it uses `min` and unfinished_reward -1.
+  """
+  _check_form(cfg)
+  dtype = jnp.result_type(float)
+  n_gen_BGJ = jnp.asarray(n_gen_BGJ)
+  correct_BGJ = jnp.asarray(correct_BGJ).astype(dtype)
+  chex.assert_rank(n_gen_BGJ, 3)
+  chex.assert_equal_shape([n_gen_BGJ, correct_BGJ])
+  n = n_gen_BGJ.astype(dtype)
+  b = jnp.asarray(budget_tokens_G).astype(dtype)[None, :, None]
+  chex.assert_axis_dimension(n, 1, b.shape[1])
+
+  if cfg.form == "classic":
+    earned = jnp.ones_like(n)
+  elif cfg.form == "cosine":
+    earned = _cosine(n, cfg)
+  else:
+    f1 = _cosine(n, cfg) - _alpha(cfg) * jnp.abs(n - b)
+    f2 = _cosine(b, cfg)
+    earned = jnp.where(n > b, f1, f2) if cfg.form == "piecewise" else jnp.minimum(f1, f2)
+  # where, not a product: a wrong answer is +0.0 however the earned reward is signed.
+  counts = (correct_BGJ > 0) & (n <= cfg.max_response_tokens)
+  reward = jnp.where(counts, correct_BGJ * earned, 0.0)
+  if finished_BGJ is not None:
+    finished_BGJ = jnp.asarray(finished_BGJ)
+    chex.assert_equal_shape([n_gen_BGJ, finished_BGJ])
+    reward = jnp.where(~finished_BGJ.astype(bool) & (correct_BGJ == 0), cfg.unfinished_reward, reward)
+  return reward.astype(dtype)
+
+
+def baseline(budget_tokens_G: Any, *, cfg: RewardConfig) -> jax.Array:
+  """The reward f2(b) that a correct response within its budget earns.
+
+  Args:
+    budget_tokens_G: int [G], budget of each subgroup.
+    cfg: the reward's settings.
+  Returns:
+    float [G] in JAX's default float dtype.
+  Raises:
+    ValueError: when cfg.form has no baseline (classic, cosine) or does not exist.
+  Source: Eq. 3.
+  """
+  _check_form(cfg)
+  if cfg.form not in FORMS_WITH_BASELINE:
+    raise ValueError(
+        f"reward.form={cfg.form!r} has no budget baseline; set advantage.intra_coef=0 and pass no baseline, "
+        f"or choose a form of {FORMS_WITH_BASELINE}.")
+  budget_G = jnp.asarray(budget_tokens_G).astype(jnp.result_type(float))
+  chex.assert_rank(budget_G, 1)
+  return _cosine(budget_G, cfg)
+
+
+def _cosine(n: jax.Array, cfg: RewardConfig) -> jax.Array:
+  return cfg.beta * jnp.cos(math.pi / 2 * (n / cfg.max_response_tokens))
+
+
+def _alpha(cfg: RewardConfig) -> float:
+  return 1.0 / cfg.max_response_tokens if cfg.alpha is None else cfg.alpha
+
+
+def _check_form(cfg: RewardConfig) -> None:
+  if cfg.form not in FORMS:
+    raise ValueError(f"reward.form={cfg.form!r} does not exist; choose one of {FORMS}.")
