@@ -1,9 +1,13 @@
 """Learns, on two CPU cores in minutes and with no download, to think only as long as a problem needs.
 
-Command:  make quickstart, or after its warm start
+Command:  make quickstart, which runs
+          python -m hbpo_jax.sft --config=quickstart --workdir=runs/quickstart/warmstart
           python -m hbpo_jax.train --config=quickstart --workdir=runs/quickstart
-Time:     at most 10 minutes with the warm start.
-Expect:   at least 40 % fewer tokens than the warm start at no lower accuracy, and tokens that rise with difficulty.
+Time:     6 minutes on two CPU cores, warm start and both evaluations included.
+Expect:   less than half of the warm start's tokens at no lower accuracy, and tokens that rise with difficulty.
+
+The task is a chain of 1 to 8 operations modulo 7; the warm start is verbose whatever the difficulty. It shows that the
+method runs and learns. It cannot tell HBPO from a plain length penalty, because here shortening costs no accuracy.
 """
 
 from hbpo_jax import config
@@ -11,25 +15,32 @@ from hbpo_jax import config
 
 def get_config():
   cfg = config.new("hbpo")
-  cfg.steps = 60
+  cfg.steps = 90
 
   cfg.model.path = "runs/quickstart/warmstart/export"
   cfg.model.compute_dtype = "float32"
   cfg.model.remat = "none"
 
+  cfg.sft.steps = 750
+  cfg.sft.rows = 32
+  cfg.sft.learning_rate = 2e-3
+
   cfg.data.source = "synthetic"
-  cfg.data.n_eval = 384
-  cfg.data.max_prompt_tokens = 32
+  cfg.data.n_eval = 512
+  cfg.data.max_prompt_tokens = 16
   cfg.prompt.instruction = ""
   cfg.prompt.budget_sentence = "within {budget}"
+  cfg.prompt.efficiency_sentence = "minimal"
 
-  cfg.rollout.queries = 8
+  # Many queries per step: with four per update, as a small model invites, the noise undoes what the warm start learnt.
+  cfg.rollout.queries = 32
   cfg.rollout.rollouts_per_query = 16
-  cfg.rollout.budgets = (8, 16, 32, 40)
+  cfg.rollout.budgets = (8, 16, 24, 32)
   cfg.reward.max_response_tokens = 64
 
-  cfg.optimizer.learning_rate = 3e-4
+  cfg.optimizer.learning_rate = 1.5e-4
   cfg.optimizer.b2 = 0.98
-  cfg.learner.minibatches = 2
+  cfg.learner.minibatches = 4
+  cfg.checkpoint.save_every = 30
   cfg.eval.batch_queries = 128
   return cfg

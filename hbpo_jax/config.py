@@ -55,11 +55,13 @@ class PromptConfig:
       "Sentence appended to every problem; empty for none.")
   system: str = setting("", "System message; empty for none.")
   budget_sentence: str = setting(
-      "I will answer the question within {budget} tokens.", "Budget sentence; must contain {budget}. The release says 'with'.")
+      "I will answer the question within {budget} tokens.",
+      "Budget sentence; must contain {budget}. The release says 'with'.")
   efficiency_sentence: str = setting(
       "I will answer the question with minimal tokens.", "Sentence of the efficiency mode.")
   prefix_role: str = setting(
-      "action", "'action': the budget sentence belongs to the response and gets loss; 'context': it belongs to the prompt.")
+      "action",
+      "'action': the budget sentence belongs to the response and gets loss; 'context': it belongs to the prompt.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,8 @@ class RewardConfig:
   beta: float = setting(4.0, "Scale of the cosine.")
   max_response_tokens: int = setting(4096, "L_max: a longer response earns nothing.")
   unfinished_reward: float = setting(0.0, "Reward without '</think>' or box; the release uses -1.")
-  grader: str = setting("", "Dotted path of a function (responses, problems) -> numbers in [0, 1]; empty means built-in maths grading.")
+  grader: str = setting(
+      "", "Dotted path of a function (responses, problems) -> numbers in [0, 1]; empty means built-in maths grading.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,8 @@ class AdvantageConfig:
 class LossConfig:
   clip_low: float = setting(0.2, "Ratio clip below: 1 - clip_low.")
   clip_high: float = setting(0.28, "Ratio clip above: 1 + clip_high.")
-  dual_clip: float | None = setting(None, "Bound c > 1 on the loss of negative advantages; the release uses 3; None turns it off.")
+  dual_clip: float | None = setting(
+      None, "Bound c > 1 on the loss of negative advantages; the release uses 3; None turns it off.")
   kl_coef: float = setting(0.0, "Weight of the KL term; above 0 keeps a frozen reference model.")
   kl_estimator: str = setting("k3", "k1, k2 or k3.")
   importance_cap: float | None = setting(
@@ -168,7 +172,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-  path: str = setting("", "Checkpoint to start from; empty makes a new small model with the synthetic task's tokenizer.")
+  path: str = setting("", "Checkpoint to start from; empty makes a small model with the synthetic task's tokenizer.")
   steps: int = setting(400, "Updates of the supervised warm start.")
   rows: int = setting(64, "Traces per update.")
   learning_rate: float = setting(3e-3, "Peak learning rate; cosine decay, 5 % warm-up.")

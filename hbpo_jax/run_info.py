@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -10,16 +9,13 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from typing import Any
 
 import jax
 
 import hbpo_jax
-from hbpo_jax import config, flags
-
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy",
-              "ml_collections", "math-verify", "libtpu")
+from hbpo_jax import config, flags, versions
+from hbpo_jax.files import atomic_write_text
 
 
 def describe_profile(cfg: config.Config) -> list[str]:
@@ -75,24 +71,12 @@ def write_run_json(workdir: str | os.PathLike, cfg: config.Config, mesh: jax.sha
       "config": config.to_json_dict(cfg),
       "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
       "devices": _devices(mesh),
-      "python": platform.python_version(),
       "platform": platform.platform(),
-      "versions": library_versions(),
+      "versions": versions.installed(),
   }
   if repeated := sorted(set(entries) & set(extra or {})):
     raise ValueError(f"extra={repeated[0]!r} is already an entry of run.json; choose another name.")
-  _write_atomically(path, json.dumps(entries | dict(extra or {}), indent=2, allow_nan=False) + "\n")
-
-
-def library_versions() -> dict[str, str | None]:
-  """Installed versions of the libraries that decide a run's results; None for one that is not installed."""
-  versions = {}
-  for name in _LIBRARIES:
-    try:
-      versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      versions[name] = None
-  return versions
+  atomic_write_text(path, json.dumps(entries | dict(extra or {}), indent=2, allow_nan=False) + "\n")
 
 
 def git_state(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -128,20 +112,6 @@ def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
   device = mesh.devices.flat[0]
   return {"platform": device.platform, "kind": device.device_kind, "used": int(mesh.devices.size),
           "present": jax.device_count(), "processes": jax.process_count()}
-
-
-def _write_atomically(path: pathlib.Path, text: str) -> None:
-  descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-  temporary = pathlib.Path(name)
-  try:
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.chmod(0o644)
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 # Settings that may change between the attempts of one run without changing what it learns, by dotted prefix.

@@ -33,7 +33,7 @@ _AT_LEAST = {
     "optimizer.warmup_updates": 0,
     "learner.minibatches": 1, "learner.microbatch_rows": 0, "learner.logprob_chunk": 1,
     "mesh.data": 1, "mesh.tensor": 1,
-    "grading.workers": 0, "grading.memory_mib": 1,
+    "grading.workers": 0, "grading.memory_mib": 256,
     "checkpoint.save_every": 0, "checkpoint.max_to_keep": 1,
     "log.every": 1, "log.samples_every": 0, "log.n_samples": 0,
     "eval.top_k": 0, "eval.samples_per_problem": 1, "eval.batch_queries": 1, "eval.max_new_tokens": 0,

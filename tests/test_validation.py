@@ -68,7 +68,7 @@ WHOLE_CASES = [
     ("data.synthetic.n_problems", 0, 1), ("rollout.queries", 0, 4), ("rollout.rollouts_per_query", 0, 4),
     ("rollout.top_k", -1, 0), ("reward.max_response_tokens", 0, 2560), ("optimizer.warmup_updates", -1, 0),
     ("learner.minibatches", 0, 1), ("learner.microbatch_rows", -1, 1), ("learner.logprob_chunk", 0, 1),
-    ("mesh.data", 0, 1), ("mesh.tensor", 0, 1), ("grading.workers", -1, 0), ("grading.memory_mib", 0, 1),
+    ("mesh.data", 0, 1), ("mesh.tensor", 0, 1), ("grading.workers", -1, 0), ("grading.memory_mib", 255, 256),
     ("checkpoint.save_every", -1, 0), ("checkpoint.max_to_keep", 0, 1), ("log.every", 0, 1),
     ("log.samples_every", -1, 0),
     ("log.n_samples", -1, 0), ("eval.top_k", -1, 0), ("eval.samples_per_problem", 0, 1), ("eval.batch_queries", 0, 1),

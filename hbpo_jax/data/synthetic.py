@@ -1,17 +1,18 @@
 """A synthetic arithmetic-reasoning task with graded difficulty, its worked responses and its tokenizer.
 
-A problem of level K is a start value and K operations, "3 + 4 * 2", to be carried out from left to right modulo a
+A problem of level K is a start value and K operations, "3 +4 *2", to be carried out from left to right modulo a
 prime (default 7): 3 + 4 = 0, 0 * 2 = 0. A worked response states one operation and its result after the other, then
 closes the thinking and boxes the last result:
 
-    + 4 = 0 * 2 = 0 </think> \\boxed{0}
+    +4 = 0 *2 = 0 </think> \\boxed{0}
 
-which is 4 K + 3 tokens with EOS, the least that shows all the work. The *verbose* responses of the supervised warm
-start repeat finished steps word for word ("wait + 4 = 0", "check + 4 = 0") until a target length that has nothing to
+which is 3 K + 3 tokens with EOS, the least that shows all the work. The *verbose* responses of the supervised warm
+start repeat finished steps word for word ("wait +4 = 0", "check +4 = 0") until a target length that has nothing to
 do with K, so a model trained on them is long everywhere, and budget training has something to shorten.
 
-Two choices keep the task learnable by a very small model: no operation occurs twice in a problem, so the text of a
-step says where in the problem one stands; and every operation is a bijection (no "* 0"), so no step can be skipped.
+Three choices keep the task learnable by a very small model: an operation is one token, and none occurs twice in a
+problem, so one token says where in the problem one stands; and every operation is a bijection (no "*0"), so no step
+can be skipped.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ SPLITS = ("train", "eval")
 PAD, EOS, USER, ASSISTANT, SYSTEM = "<pad>", "<eos>", "<user>", "<assistant>", "<system>"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 RECHECK_WORDS = ("wait", "check")
-TOKENS_PER_STEP = 4  # operator, operand, "=", result
+TOKENS_PER_STEP = 3  # operation, "=", result
 TOKENS_PER_RECHECK = TOKENS_PER_STEP + 1
 TOKENS_OF_ENDING = 3  # </think>, the boxed answer, EOS
 
@@ -92,7 +93,7 @@ def trace(cfg: SyntheticConfig, problem: Problem, rng: np.random.Generator, targ
   rechecks_per_step = rng.multinomial(n_rechecks, [1 / len(worked)] * len(worked))
   words = []
   for (operator, operand, result), n in zip(worked, rechecks_per_step, strict=True):
-    statement = f"{operator} {operand} = {result}"
+    statement = f"{operator}{operand} = {result}"
     words.append(statement)
     words += [f"{RECHECK_WORDS[rng.integers(len(RECHECK_WORDS))]} {statement}" for _ in range(n)]
   return " ".join([*words, THINK_CLOSE, f"\\boxed{{{worked[-1][2]}}}"])
@@ -104,7 +105,7 @@ def verbose_range(max_response_tokens: int) -> tuple[int, int]:
 
 
 def minimal_tokens(level: int) -> int:
-  """Tokens of the shortest response that shows all steps, EOS included: 4 K + 3."""
+  """Tokens of the shortest response that shows all steps, EOS included: 3 K + 3."""
   return TOKENS_PER_STEP * level + TOKENS_OF_ENDING
 
 
@@ -126,12 +127,12 @@ def steps(text: str, modulus: int) -> list[tuple[str, int, int]]:
     ValueError: when the text is not a synthetic problem.
   """
   words = text.split()
-  if len(words) < 3 or len(words) % 2 == 0 or not all(w.isdecimal() for w in words[::2]):
-    raise ValueError(f"problem={text!r} is not of the synthetic task; give a start value and operations, '3 + 4 * 2'.")
+  if len(words) < 2 or not words[0].isdecimal() or not all(w[1:].isdecimal() for w in words[1:]):
+    raise ValueError(f"problem={text!r} is not of the synthetic task; give a start value and operations, '3 +4 *2'.")
   value = int(words[0])
   worked = []
-  for operator, operand_text in zip(words[1::2], words[2::2], strict=True):
-    operand = int(operand_text)
+  for word in words[1:]:
+    operator, operand = word[0], int(word[1:])
     match operator:
       case "+":
         value += operand
@@ -151,7 +152,7 @@ def make_tokenizer(
 ) -> transformers.PreTrainedTokenizerFast:
   """A word-level tokenizer with a chat template for the synthetic task.
 
-  Texts are split at white space only. Digits, operators, boxed answers, budgets and every word of `sentences` are one
+  Texts are split at white space only. Digits, operations, boxed answers, budgets and every word of `sentences` are one
   token each; another word is an error, not an unknown token. Decoding puts one blank between tokens. The template
   does not open `<think>`; `hbpo_jax.data.prompts` does.
 
@@ -164,7 +165,8 @@ def make_tokenizer(
   """
   check_settings(cfg)
   words = [PAD, EOS, SYSTEM, USER, ASSISTANT, THINK_OPEN, THINK_CLOSE]
-  words += [str(d) for d in range(cfg.modulus)] + ["+", "-", "*", "=", *RECHECK_WORDS]
+  words += [str(d) for d in range(cfg.modulus)] + ["=", *RECHECK_WORDS]
+  words += [f"{operator}{operand}" for operator, operand in operations(cfg.modulus)]
   words += [f"\\boxed{{{d}}}" for d in range(cfg.modulus)] + [str(b) for b in budgets]
   for sentence in sentences:
     for budget in budgets or ("",):
@@ -194,7 +196,7 @@ def check_settings(cfg: SyntheticConfig) -> None:
 def _draw_text(rng: np.random.Generator, level: int, modulus: int, pool: list[tuple[str, int]], split: str) -> str:
   while True:
     picked = rng.choice(len(pool), size=level, replace=False)
-    text = " ".join([str(rng.integers(modulus)), *(f"{pool[i][0]} {pool[i][1]}" for i in picked)])
+    text = " ".join([str(rng.integers(modulus)), *(f"{pool[i][0]}{pool[i][1]}" for i in picked)])
     is_eval = hashlib.sha256(text.encode()).digest()[0] < 64
     if is_eval == (split == "eval"):
       return text

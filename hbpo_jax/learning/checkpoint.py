@@ -98,7 +98,7 @@ class Checkpointer:
         step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(content)), force=True)
 
   def restore_latest(
-      self, abstract_state: TrainState, *, check: Callable[[dict[str, Any]], None] | None = None
+      self, abstract_state: TrainState, *, check: Callable[[dict[str, Any]], Any] | None = None
   ) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest good checkpoint, or None where there is none at all.
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 import numpy as np
 
-from hbpo_jax.reporting.files import atomic_write_bytes, read_rows
+from hbpo_jax.files import atomic_write_bytes, read_rows
 from hbpo_jax.reporting.tables import change, level_name, number, percent, signed_percent
 
 # Okabe and Ito's palette, told apart with any colour vision; each series also has a marker or a label of its own.

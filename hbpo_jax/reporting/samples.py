@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hbpo_jax.config import LogConfig
-from hbpo_jax.reporting.files import StepFile
+from hbpo_jax.files import StepFile
 
 
 def choose(step: int, shape: tuple[int, int, int], n_samples: int) -> list[tuple[int, int, int]]:

@@ -1,20 +1,18 @@
 """The result of a run: WORKDIR/summary.json for programs and WORKDIR/summary.md for people."""
 
 from collections.abc import Mapping, Sequence
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 from typing import Any
 
 import numpy as np
 
+from hbpo_jax import versions
+from hbpo_jax.files import atomic_write_text, json_value, read_rows
 from hbpo_jax.reporting import tables
-from hbpo_jax.reporting.files import atomic_write_text, json_value, read_rows
 from hbpo_jax.reporting.text import duration
 
-_PACKAGES = ("hbpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 _PLOTS = (
     ("length_by_budget", "Response length by budget over training"),
     ("difficulty", "Tokens and accuracy against difficulty, before and after"),
@@ -62,7 +60,7 @@ def write_summary(
       "wall_s": round(wall_s, 3),
       "profile": config_dict["profile"],
       "steps": config_dict["steps"],
-      "versions": versions(),
+      "versions": versions.installed(),
   }
   if clash := sorted(set(extra or {}) & set(summary)):
     raise ValueError(f"extra has an entry {clash[0]!r}, which the summary writes itself; rename it.")
@@ -97,17 +95,6 @@ def headline(summary: Mapping[str, Any]) -> str:
     second = (f"accuracy {'fell' if accuracy < 0 else 'rose'} from {tables.percent(base['accuracy'])} "
               f"to {tables.percent(trained['accuracy'])}")
   return f"{first}; {second}."
-
-
-def versions() -> dict[str, str]:
-  """Versions of Python and of the packages that decide a run's numbers; a package that is not installed is left out."""
-  found = {"python": platform.python_version()}
-  for name in _PACKAGES:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue  # Our own package, run from a checkout that is not installed.
-  return found
 
 
 def _training_ends(metrics: pathlib.Path) -> tuple[dict | None, dict | None, tuple[str, str] | None]:

@@ -11,7 +11,7 @@ from absl import logging
 import tensorboardX
 
 from hbpo_jax.config import LogConfig
-from hbpo_jax.reporting.files import StepFile, atomic_write_text
+from hbpo_jax.files import StepFile, atomic_write_text
 
 # What TensorBoard leaves as it is; any other character it would replace, and the tags would differ between writers.
 _TAG = re.compile(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*")

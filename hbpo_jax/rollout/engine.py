@@ -5,8 +5,8 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from hbpo_jax.models import sharding
@@ -34,13 +34,13 @@ class Shape:
 
   def __post_init__(self):
     if len(self.caps) != len(self.n_prefix):
-      raise ValueError(f"caps={self.caps!r} and n_prefix={self.n_prefix!r} differ in length; give one each per subgroup.")
+      raise ValueError(f"caps={self.caps!r} and n_prefix={self.n_prefix!r} differ in length; give one per subgroup.")
     if self.count_prefix:
       for cap, n_prefix in zip(self.caps, self.n_prefix):
         if cap <= n_prefix:
           raise ValueError(
-              f"a cap of {cap} tokens leaves no room after the budget sentence of {n_prefix} tokens; raise rollout.caps "
-              "(or reward.max_response_tokens), or shorten prompt.budget_sentence.")
+              f"a cap of {cap} tokens leaves no room after the budget sentence of {n_prefix} tokens; raise "
+              "rollout.caps (or reward.max_response_tokens), or shorten prompt.budget_sentence.")
 
   @property
   def widths(self) -> tuple[int, ...]:

@@ -145,7 +145,7 @@ def generate(
 
 def _pack(end: _Loop, limits: Limits, n_prefix_G: jax.Array, n_rollouts: int, widths: tuple[int, ...]) -> Rollouts:
   """The loop's outputs as Rollouts, each subgroup cut to its own width."""
-  B, N, C = end.tokens_BNC.shape
+  B, _, C = end.tokens_BNC.shape
   G = len(widths)
   grouped = lambda x: x.reshape(B, G, n_rollouts, *x.shape[2:])
   n_tokens_BGJ = grouped(end.n_tokens_BN)

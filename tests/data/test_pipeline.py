@@ -114,15 +114,15 @@ def test_iterators_do_not_disturb_each_other(builder, tiny_cfg, train):
 
 
 def test_long_prompts_are_dropped_and_counted(builder, tiny_cfg, train, change):
-  cfg = change(tiny_cfg, data={"max_prompt_tokens": 12})  # 2 K + 4 tokens: levels 1 to 4 fit.
+  cfg = change(tiny_cfg, data={"max_prompt_tokens": 8})  # K + 4 tokens: levels 1 to 4 fit.
   pipeline = Pipeline(train, builder, cfg)
   assert [p.id for p in pipeline.problems] == [p.id for p in train if p.level <= 4]
   assert pipeline.n_dropped == sum(p.level > 4 for p in train) > 0
   kept = set(flat(ids_of(iter(pipeline), 20)))
   assert kept == {p.id for p in pipeline.problems}
-  message = r"data.max_prompt_tokens=5 drops all 48 problems \(the shortest prompt has 6 tokens\)"
+  message = r"data.max_prompt_tokens=4 drops all 48 problems \(the shortest prompt has 5 tokens\)"
   with pytest.raises(ValueError, match=message):
-    Pipeline(train, builder, change(tiny_cfg, data={"max_prompt_tokens": 5}))
+    Pipeline(train, builder, change(tiny_cfg, data={"max_prompt_tokens": 4}))
 
 
 def test_impossible_shards_are_refused(builder, tiny_cfg, train):

@@ -83,7 +83,7 @@ def test_a_batch_is_a_function_of_seed_and_step(data, builder, tiny_cfg, change)
 
 
 def given_problem(i, solution, field="solution"):
-  return Problem(str(i), "3 + 4", "0", "mine", extra={field: solution})
+  return Problem(str(i), "3 +4", "0", "mine", extra={field: solution})
 
 
 def test_given_responses_get_the_smallest_budget_that_holds_them(builder, word_tokenizer, tiny_cfg, change):
@@ -118,7 +118,7 @@ def test_an_opened_think_of_the_response_is_not_repeated(builder, word_tokenizer
 
 def test_problems_without_response_and_tasks_without_room_are_refused(builder, tiny_cfg, change):
   with pytest.raises(ValueError, match=r"Problem 'a' has no worked response"):
-    SftData([Problem("a", "3 + 4", "0", "mine")], builder, tiny_cfg)
-  with pytest.raises(ValueError, match=r"reward.max_response_tokens=30 has no room for level-8 traces.*37 tokens"):
+    SftData([Problem("a", "3 +4", "0", "mine")], builder, tiny_cfg)
+  with pytest.raises(ValueError, match=r"reward.max_response_tokens=28 has no room for level-8 traces.*29 tokens"):
     SftData(synthetic.problems(tiny_cfg.data.synthetic, 0, "train", 50), builder,
-            change(tiny_cfg, reward={"max_response_tokens": 30}))
+            change(tiny_cfg, reward={"max_response_tokens": 28}))

@@ -18,8 +18,8 @@ def value_of(text, modulus):
   """The answer by Python's own arithmetic: brackets from left to right, one modulo at the end."""
   words = text.split()
   expression = words[0]
-  for operator, operand in zip(words[1::2], words[2::2], strict=True):
-    expression = f"({expression}) {operator} {operand}"
+  for operation in words[1:]:
+    expression = f"({expression}) {operation}"
   return eval(expression) % modulus  # The text is our own.
 
 
@@ -31,25 +31,24 @@ def test_answers_are_right_and_levels_in_range(seed, split, modulus, data):
   cfg = SyntheticConfig(min_level=least, max_level=most, modulus=modulus)
   for p in synthetic.problems(cfg, seed, split, 20):
     assert p.answer == str(value_of(p.problem, modulus))
-    assert p.level == p.problem.count(" ") // 2 and least <= p.level <= most
+    assert p.level == p.problem.count(" ") and least <= p.level <= most
     operations = p.problem.split()[1:]
-    pairs = list(zip(operations[::2], operations[1::2], strict=True))
-    assert len(set(pairs)) == len(pairs)
+    assert len(set(operations)) == len(operations)
 
 
 def test_by_hand():
-  assert synthetic.steps("3 + 4 * 2 - 5", 7) == [("+", 4, 0), ("*", 2, 0), ("-", 5, 2)]
-  assert synthetic.steps("6 * 6", 7) == [("*", 6, 1)]
-  for bad in ("3", "3 +", "a + 4", "3 / 4", "", "3 + x"):
+  assert synthetic.steps("3 +4 *2 -5", 7) == [("+", 4, 0), ("*", 2, 0), ("-", 5, 2)]
+  assert synthetic.steps("6 *6", 7) == [("*", 6, 1)]
+  for bad in ("3", "3 +", "a +4", "3 /4", "", "3 +x", "3 + 4", "3 4"):
     with pytest.raises(ValueError, match=r"problem="):
       synthetic.steps(bad, 7)
 
 
 def test_every_operation_is_a_bijection():
   for operator, operand in synthetic.operations(7):
-    results = {synthetic.steps(f"{v} {operator} {operand}", 7)[0][2] for v in range(7)}
+    results = {synthetic.steps(f"{v} {operator}{operand}", 7)[0][2] for v in range(7)}
     assert len(results) == 7
-    assert any(synthetic.steps(f"{v} {operator} {operand}", 7)[0][2] != v for v in range(7))
+    assert any(synthetic.steps(f"{v} {operator}{operand}", 7)[0][2] != v for v in range(7))
 
 
 def test_splits_are_disjoint_for_any_seed():
@@ -92,10 +91,11 @@ def test_trace_by_hand():
   problem = synthetic.problems(SyntheticConfig(min_level=2, max_level=2), 0, "train", 1)[0]
   (op1, a1, r1), (op2, a2, r2) = synthetic.steps(problem.problem, 7)
   rng = np.random.default_rng(0)
-  shortest = f"{op1} {a1} = {r1} {op2} {a2} = {r2} </think> \\boxed{{{r2}}}"
+  shortest = f"{op1}{a1} = {r1} {op2}{a2} = {r2} </think> \\boxed{{{r2}}}"
   assert synthetic.trace(CFG, problem, rng, 0) == shortest
-  assert synthetic.count_tokens(shortest) == 11 == synthetic.minimal_tokens(2)
-  assert synthetic.trace(CFG, problem, rng, 13) == shortest  # A re-check would overshoot by more than this falls short.
+  assert synthetic.count_tokens(shortest) == 9 == synthetic.minimal_tokens(2)
+  assert synthetic.trace(CFG, problem, rng, 10) == shortest  # A re-check would overshoot by more than this falls short.
+  assert synthetic.count_tokens(synthetic.trace(CFG, problem, rng, 12)) == 13  # 9 would fall short by more.
 
 
 def test_traces_repeat_steps_word_for_word_and_end_in_the_answer():
@@ -104,16 +104,16 @@ def test_traces_repeat_steps_word_for_word_and_end_in_the_answer():
     text = synthetic.trace(CFG, problem, rng, 45)
     thought, _, ending = text.partition(" </think> ")
     assert ending == f"\\boxed{{{problem.answer}}}"
-    stated = [f"{o} {a} = {r}" for o, a, r in synthetic.steps(problem.problem, 7)]
+    stated = [f"{o}{a} = {r}" for o, a, r in synthetic.steps(problem.problem, 7)]
     seen = []
     words = thought.split()
     while words:
       if words[0] in synthetic.RECHECK_WORDS:
-        assert " ".join(words[1:5]) == seen[-1]
-        words = words[5:]
-      else:
-        seen.append(" ".join(words[:4]))
+        assert " ".join(words[1:4]) == seen[-1]
         words = words[4:]
+      else:
+        seen.append(" ".join(words[:3]))
+        words = words[3:]
     assert seen == stated
 
 
@@ -129,7 +129,7 @@ def test_trace_length_is_the_target_and_does_not_depend_on_the_level():
     lengths[problem.level].append(n)
   means = [np.mean(v) for v in lengths.values()]
   assert min(means) > 43 and max(means) < 46
-  assert synthetic.minimal_tokens(1) == 7 and synthetic.minimal_tokens(8) == 35
+  assert synthetic.minimal_tokens(1) == 6 and synthetic.minimal_tokens(8) == 27
 
 
 def test_tokenizer_reads_and_writes_its_texts(word_tokenizer, tiny_cfg, tmp_path):
@@ -147,9 +147,9 @@ def test_tokenizer_reads_and_writes_its_texts(word_tokenizer, tiny_cfg, tmp_path
     assert again(text, add_special_tokens=False)["input_ids"] == ids
     assert again.decode(ids) == text
     assert "</think>" in again.decode(ids, skip_special_tokens=True)
-  prompt = [{"role": "user", "content": "3 + 4"}]
+  prompt = [{"role": "user", "content": "3 +4"}]
   rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-  assert rendered == "<user> 3 + 4 <assistant> "
+  assert rendered == "<user> 3 +4 <assistant> "
   assert again.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) == rendered
 
 

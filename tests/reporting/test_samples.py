@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from hbpo_jax import files
 from hbpo_jax.config import LogConfig
-from hbpo_jax.reporting import files, samples
+from hbpo_jax.reporting import samples
 
 B, G, J = 2, 2, 2
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import rich.console
 
-from hbpo_jax.reporting import files, tables
+from hbpo_jax import files
+from hbpo_jax.reporting import tables
 
 BASE = tables.evaluation_summary([1, 2, 2, 1], [1, 1, 0, 0], [10, 40, 60, 30], [0, 0, 1, 0])
 TRAINED = tables.evaluation_summary([1, 2, 2, 1], [1, 1, 0, 1], [5, 20, 30, 15], [0, 0, 0, 0])

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from hbpo_jax import files
 from hbpo_jax.config import LogConfig
-from hbpo_jax.reporting import files, writers
+from hbpo_jax.reporting import writers
 
 NO_BOARD = LogConfig(tensorboard=False)
 

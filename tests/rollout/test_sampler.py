@@ -169,7 +169,7 @@ def test_new_settings_compile_nothing():
 
 
 def test_eight_devices_give_the_same_rollouts(run):
-  params, prompts, _, rollouts = run
+  _, prompts, _, rollouts = run
   mesh = make_mesh(8)
   sharded = make_engine(mesh)
   got = engine.fetch(sharded.generate(make_params(mesh), prompts, jax.random.key(1)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hbpo_jax.reporting import files
+from hbpo_jax import files
 
 
 def test_atomic_write_replaces_and_leaves_nothing_aside(tmp_path):

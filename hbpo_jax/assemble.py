@@ -1,0 +1,85 @@
+"""What every command needs before it touches a weight: checkpoint directory, architecture, tokenizer, mesh."""
+
+import dataclasses
+import pathlib
+
+import jax
+from jax.sharding import Mesh
+import transformers
+
+from hbpo_jax import validation
+from hbpo_jax.config import Config
+from hbpo_jax.data.prompts import PromptBuilder
+from hbpo_jax.models import architecture, presets, sharding, weights
+from hbpo_jax.models.architecture import Architecture
+from hbpo_jax.rollout import engine, sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """An opened checkpoint; nothing of its weights is read yet."""
+  directory: pathlib.Path
+  arch: Architecture
+  builder: PromptBuilder
+  mesh: Mesh
+
+
+def open_model(cfg: Config) -> Model:
+  """Checks the configuration against the devices and the checkpoint, and opens its tokenizer.
+
+  Raises:
+    ValueError, FileNotFoundError: name the field or file, the value and the remedy.
+  """
+  validation.validate(cfg, n_devices=jax.device_count())
+  if not cfg.model.path:
+    raise ValueError("model.path='' names no checkpoint; give a Hugging Face directory or hub id.")
+  directory = weights.resolve(cfg.model.path, cfg.model.revision)
+  arch = architecture.from_hf_config(directory)
+  if cfg.model.preset:
+    presets.check_preset(cfg.model.preset, arch)
+  validation.validate(cfg, n_devices=jax.device_count(), arch=arch)
+  builder = PromptBuilder(load_tokenizer(directory, arch), cfg, str(directory))
+  return Model(directory, arch, builder, sharding.make_mesh(cfg.mesh))
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def load_tokenizer(directory: pathlib.Path, arch: Architecture) -> transformers.PreTrainedTokenizerBase:
+  """The checkpoint's tokenizer.
+
+  Raises:
+    FileNotFoundError: when the directory holds none.
+    ValueError: when transformers cannot read it, or it has ids that the embedding has not.
+  """
+  # Without its files, transformers makes an empty tokenizer and says nothing.
+  if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+    raise FileNotFoundError(
+        f"model.path={str(directory)!r} holds no tokenizer (one of {', '.join(_TOKENIZER_FILES)}); save it there with "
+        "tokenizer.save_pretrained().")
+  # AutoTokenizer rebuilds tokenizer.json as the class that it expects of a model type, with other token ids where the
+  # checkpoint brought its own tokenizer; the generic class takes the file as it is.
+  generic = (directory / "tokenizer.json").is_file()
+  loader = transformers.PreTrainedTokenizerFast if generic else transformers.AutoTokenizer
+  try:
+    tokenizer = loader.from_pretrained(directory)
+  except (OSError, ValueError, KeyError) as error:
+    raise ValueError(
+        f"model.path={str(directory)!r}: transformers cannot read the tokenizer ({error}); save it there again."
+    ) from error
+  if len(tokenizer) > arch.vocab_size:
+    raise ValueError(
+        f"model.path={str(directory)!r}: the tokenizer has {len(tokenizer)} tokens, the embedding {arch.vocab_size} "
+        "rows; put the tokenizer there that the model was trained with.")
+  return tokenizer
+
+
+def training_engine(cfg: Config, model: Model) -> engine.Engine:
+  """The sampler of the training step: all budgets, J rollouts each."""
+  n_prefix = tuple(int(n) for n in model.builder.prefix(cfg.rollout.budgets)[1])
+  shape = engine.Shape(
+      n_rollouts=cfg.rollouts_per_budget, caps=cfg.caps, n_prefix=n_prefix,
+      count_prefix=cfg.rollout.count_prefix_tokens, prefix_has_loss=cfg.prompt.prefix_role == "action")
+  draws = sampling.make_sampling(
+      cfg.rollout.temperature, cfg.rollout.top_p, cfg.rollout.top_k, model.builder.eos_ids)
+  return engine.Engine(model.arch, model.mesh, shape, draws, compute_dtype=cfg.model.compute_dtype)

@@ -1,0 +1,109 @@
+"""Supervised warm start: makes, or starts from, a model and trains it on worked responses.
+
+  python -m hbpo_jax.sft --config=quickstart --workdir=runs/warmstart
+
+Writes a Hugging Face checkpoint to WORKDIR/export, which `hbpo_jax.train` takes as model.path.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hbpo_jax import assemble, flags, run_info, validation
+from hbpo_jax import config as config_lib
+from hbpo_jax.config import Config
+from hbpo_jax.data import problems as problems_lib
+from hbpo_jax.data import synthetic
+from hbpo_jax.data.prompts import PromptBuilder
+from hbpo_jax.data.sft_data import SftData
+from hbpo_jax.learning.learner import Learner, check_finite
+from hbpo_jax.models import decoder, sharding, weights
+from hbpo_jax.models.architecture import Architecture
+from hbpo_jax.reporting.console import Console
+from hbpo_jax.reporting.writers import MetricWriter
+
+_VOCAB_MULTIPLE = 64  # Embedding rows are rounded up to this, so that they divide over devices.
+
+
+def main(cfg: Config, workdir: str) -> None:
+  """Trains cfg.sft.steps updates and exports."""
+  root = pathlib.Path(workdir)
+  cfg = supervised_config(cfg)
+  if cfg.sft.path:
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=cfg.sft.path))
+    model = assemble.open_model(cfg)
+    params = weights.load(model.directory, model.arch, model.mesh, param_dtype=cfg.model.param_dtype)
+    source = model.directory
+  else:
+    model, params, source = new_model(cfg)
+  problems, _ = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
+  data = SftData(problems, model.builder, cfg)
+  learner = Learner(model.arch, cfg, model.mesh, total_updates=cfg.sft.steps)
+  state = learner.new_state(params)
+  run_info.write_run_json(root, cfg, model.mesh, {"architecture": dataclasses.asdict(model.arch)})
+
+  with contextlib.ExitStack() as stack:
+    console = stack.enter_context(Console(cfg.log, cfg.sft.steps))
+    console.header([f"warm start: {len(problems):,} problems ({data.n_dropped:,} dropped), {cfg.sft.steps} updates"])
+    writer = stack.enter_context(MetricWriter(root, cfg.log, config_lib.to_json_dict(cfg)))
+    for step in range(cfg.sft.steps):
+      started = time.perf_counter()
+      state, metrics = learner.sft_update(state, data.batch(step))
+      metrics = jax.device_get(metrics)
+      check_finite(metrics, step)
+      row = {f"update/{name}": float(value) for name, value in metrics.items()}
+      row["tokens_per_s"] = row["update/tokens"] / (time.perf_counter() - started)
+      writer.write(step, row)
+      if step % max(1, cfg.sft.steps // 20) == 0 or step == cfg.sft.steps - 1:
+        console.message(f"update {step + 1} of {cfg.sft.steps}: loss {row['update/loss']:.4f} nats per token")
+    weights.export(state.params, model.arch, source, root / "export")
+    console.message(f"exported to {root / 'export'}")
+
+
+def supervised_config(cfg: Config) -> Config:
+  """The settings with the optimizer of the warm start: `sft.learning_rate`, cosine decay, 5 % warm-up."""
+  optimizer = dataclasses.replace(
+      cfg.optimizer, learning_rate=cfg.sft.learning_rate, weight_decay=cfg.sft.weight_decay, schedule="cosine",
+      final_fraction=0.0, warmup_updates=math.ceil(0.05 * cfg.sft.steps))
+  learner = dataclasses.replace(cfg.learner, microbatch_rows=0)
+  return dataclasses.replace(cfg, optimizer=optimizer, learner=learner)
+
+
+def new_model(cfg: Config) -> tuple[assemble.Model, Any, Any]:
+  """(model, random params, tokenizer) of a small decoder for the synthetic task.
+
+  Raises:
+    ValueError: when the data are not the synthetic task, whose vocabulary is the only one made here.
+  """
+  if cfg.data.source != "synthetic":
+    raise ValueError(
+        f"sft.path='' makes a model for the synthetic task only, but data.source={cfg.data.source!r}; "
+        "set sft.path to a Hugging Face checkpoint.")
+  validation.validate(cfg, n_devices=jax.device_count())
+  sentences = (cfg.prompt.budget_sentence, cfg.prompt.efficiency_sentence, cfg.prompt.instruction, cfg.prompt.system)
+  tokenizer = synthetic.make_tokenizer(cfg.data.synthetic, cfg.rollout.budgets, sentences)
+  sft = cfg.sft
+  arch = Architecture(
+      family="qwen3", n_layers=sft.n_layers, hidden_size=sft.hidden_size, mlp_size=sft.mlp_size, n_heads=sft.n_heads,
+      n_kv_heads=sft.n_kv_heads, head_size=sft.hidden_size // sft.n_heads,
+      vocab_size=-(-len(tokenizer) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE, rope_theta=10000.0, rope_scaling=None,
+      rms_eps=1e-6, tie_embeddings=True, qkv_bias=False, qk_norm=True,
+      max_context=cfg.data.max_prompt_tokens + cfg.reward.max_response_tokens)
+  mesh = sharding.make_mesh(cfg.mesh)
+  draw = jax.jit(
+      functools.partial(decoder.init, arch, param_dtype=jnp.dtype(cfg.model.param_dtype)),
+      out_shardings=sharding.param_shardings(arch, mesh))
+  params = draw(jax.random.fold_in(jax.random.key(cfg.seed), 2))
+  model = assemble.Model(pathlib.Path(), arch, PromptBuilder(tokenizer, cfg), mesh)
+  return model, params, tokenizer
+
+
+if __name__ == "__main__":
+  flags.run(main, name="sft", description="Supervised warm start on worked responses.")

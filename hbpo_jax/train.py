@@ -1,0 +1,223 @@
+"""Trains a Hugging Face checkpoint with Hierarchical Budget Policy Optimization.
+
+  python -m hbpo_jax.train --config=quickstart --workdir=runs/quickstart
+
+Running the same command again continues from the newest good checkpoint in WORKDIR.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from hbpo_jax import assemble, evaluate, flags, run_info
+from hbpo_jax import config as config_lib
+from hbpo_jax.config import Config
+from hbpo_jax.data import problems as problems_lib
+from hbpo_jax.data.pipeline import Pipeline, PipelineIterator
+from hbpo_jax.grading.judge import Judge
+from hbpo_jax.learning.checkpoint import Checkpointer
+from hbpo_jax.learning.learner import Learner, check_finite
+from hbpo_jax.learning.reference import Reference
+from hbpo_jax.models import weights
+from hbpo_jax.objective import advantage as advantage_lib
+from hbpo_jax.objective import reward as reward_lib
+from hbpo_jax.reporting import plots, tables
+from hbpo_jax.reporting import summary as summary_lib
+from hbpo_jax.reporting.console import Console
+from hbpo_jax.reporting.step_log import StepLog, StepRecord
+from hbpo_jax.rollout import engine as engine_lib
+from hbpo_jax.structs import TrainState, make_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """The parts of a run, each from its own room."""
+  cfg: Config
+  model: assemble.Model
+  batches: PipelineIterator
+  engine: engine_lib.Engine
+  judge: Judge
+  learner: Learner
+  reference: Reference | None
+  checkpoints: Checkpointer
+  log: StepLog
+
+  def train(self, state: TrainState, start: int, wall_s: "WallClock") -> TrainState:
+    """Algorithm 1 from step `start` to the last; every step is in a checkpoint or will be computed again."""
+    for step in range(start, self.cfg.steps):
+      state = self._step(step, state)
+      if self.checkpoints.due(step + 1, last=self.cfg.steps):
+        self.log.flush()  # A saved step is a logged step: a resumed run leaves no gap.
+        self.checkpoints.wait()
+        self.judge.forget_before(min(self.checkpoints.steps(), default=0))
+        self.checkpoints.save(step + 1, state, {
+            "data_state": self.batches.get_state(), "config": config_lib.to_json_dict(self.cfg), "wall_s": wall_s()})
+    self.log.flush()
+    return state
+
+  def _step(self, step: int, state: TrainState) -> TrainState:
+    cfg, clock = self.cfg, Stopwatch()
+    problems, prompts = next(self.batches)
+
+    # Rollouts: J responses per query and budget. The previous step is logged while they decode.
+    key = jax.random.fold_in(training_key(cfg.seed), step)
+    running = self.engine.generate(self.engine.publish(state.params), prompts, key)
+    self.log.flush()
+    rollouts = engine_lib.fetch(running)
+    clock.lap("rollout_s")
+
+    # Verdicts: a score in [0, 1] for each response.
+    responses = evaluate.decode_responses(self.model.builder, rollouts)
+    owners = [p for p in problems for _ in range(cfg.rollout.rollouts_per_query)]
+    verdicts = self.judge(responses, owners, step=step)
+    shape = rollouts.n_gen_BGJ.shape
+    score_BGJ = np.array([v.score for v in verdicts], np.float32).reshape(shape)
+    finished_BGJ = np.array([v.finished for v in verdicts]).reshape(shape)
+    clock.lap("grade_s")
+
+    # Rewards and advantages within and across budgets.
+    reward_BGJ, advantage = rewards_and_advantages(rollouts.n_gen_BGJ, score_BGJ, finished_BGJ, cfg=cfg)
+
+    # pi_old (and pi_ref) by the trainer's own forward pass, then one update per minibatch.
+    batch = self.learner.place(make_batch(prompts, rollouts, advantage.total_BGJ))
+    batch = batch.replace(logp_old_RC=self.learner.score(state.params, batch))
+    gap = self.learner.sampler_gap(batch)
+    if self.reference is not None:
+      batch = batch.replace(logp_ref_RC=self.reference.score(batch))
+    updates = []
+    for minibatch in self.learner.split_minibatches(batch):
+      state, metrics = self.learner.update(state, minibatch)
+      updates.append(metrics)
+    state = state.replace(step=state.step + 1)
+    updates = jax.device_get(updates)
+    if cfg.learner.nonfinite == "stop":
+      for metrics in updates:
+        check_finite(metrics, step)
+    clock.lap("learn_s")
+
+    self.log.defer(step, StepRecord(
+        problems=problems, responses=responses, reasons=[v.reason for v in verdicts], score_BGJ=score_BGJ,
+        rollouts=rollouts, reward_BGJ=reward_BGJ, advantage=advantage, updates=updates, extra=gap,
+        seconds=clock.laps))
+    return state
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def rewards_and_advantages(n_gen_BGJ, score_BGJ, finished_BGJ, *, cfg: Config):
+  """(reward [B, G, J], Advantage) of a step, in one program."""
+  budget_tokens_G = np.array(cfg.rollout.budgets)
+  reward_BGJ = reward_lib.compute(
+      n_gen_BGJ, score_BGJ, budget_tokens_G, cfg=cfg.reward, finished_BGJ=finished_BGJ)
+  has_baseline = cfg.reward.form in reward_lib.FORMS_WITH_BASELINE
+  baseline_G = reward_lib.baseline(budget_tokens_G, cfg=cfg.reward) if has_baseline else None
+  return reward_BGJ, advantage_lib.compute(reward_BGJ, baseline_G, cfg=cfg.advantage)
+
+
+def training_key(seed: int) -> jax.Array:
+  """Stream 0 of the seed; evaluation draws from stream 1."""
+  return jax.random.fold_in(jax.random.key(seed), 0)
+
+
+class Stopwatch:
+  """Wall seconds between laps, by name."""
+
+  def __init__(self):
+    self.laps: dict[str, float] = {}
+    self._last = time.perf_counter()
+
+  def lap(self, name: str) -> None:
+    """Ends the stage `name`."""
+    now = time.perf_counter()
+    self.laps[name], self._last = now - self._last, now
+
+
+class WallClock:
+  """Seconds that the run took so far, earlier attempts included."""
+
+  def __init__(self):
+    self.earlier_s, self._start = 0.0, time.monotonic()
+
+  def __call__(self) -> float:
+    return self.earlier_s + time.monotonic() - self._start
+
+
+def first_state(
+    cfg: Config, model: assemble.Model, learner: Learner, checkpoints: Checkpointer, batches: PipelineIterator,
+) -> tuple[TrainState, int, float]:
+  """(state, first step to do, seconds spent): from the newest good checkpoint, which also moves `batches`, or fresh."""
+  restored = checkpoints.restore_latest(
+      learner.abstract_state(), check=lambda meta: run_info.check_resume(cfg, meta["config"]))
+  if restored is not None:
+    state, meta = restored
+    batches.set_state(meta["data_state"])
+    return state, int(state.step), meta["wall_s"]
+  params = weights.load(model.directory, model.arch, model.mesh, param_dtype=cfg.model.param_dtype)
+  return learner.new_state(params), 0, 0.0
+
+
+def main(cfg: Config, workdir: str) -> None:
+  """Trains, evaluates before and after, exports, and writes the summary."""
+  wall_s, root = WallClock(), pathlib.Path(workdir)
+  # Everything that can be refused is refused here, before a weight is read.
+  model = assemble.open_model(cfg)
+  problems, eval_problems = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
+  data = Pipeline(problems, model.builder, cfg)
+  engine = assemble.training_engine(cfg, model)
+  learner = Learner(model.arch, cfg, model.mesh)
+
+  with contextlib.ExitStack() as stack:
+    judge = stack.enter_context(Judge(cfg, root / "verdicts"))
+    evaluation = evaluate.Evaluation(cfg, model, eval_problems, judge) if eval_problems else None
+    checkpoints = stack.enter_context(Checkpointer(root / "checkpoints", cfg.checkpoint))
+    batches = iter(data)
+    state, start, wall_s.earlier_s = first_state(cfg, model, learner, checkpoints, batches)
+    run_info.write_run_json(root, cfg, model.mesh, {"architecture": dataclasses.asdict(model.arch)})
+    reference = None
+    if cfg.loss.kl_coef:
+      reference = Reference(learner, weights.load(
+          model.directory, model.arch, model.mesh, param_dtype=cfg.model.compute_dtype))
+
+    console = stack.enter_context(Console(cfg.log, cfg.steps, start))
+    console.header(_header(cfg, model, data, len(eval_problems), start))
+    log = stack.enter_context(contextlib.closing(StepLog(cfg, root, start, console, engine.shape.n_prefix)))
+
+    def measure(name: str) -> dict | None:
+      if evaluation is None:
+        return None
+      progress = lambda done, total: console.message(f"evaluation {name}: {done} of {total} problems")
+      return evaluate.measure_once(root / "eval" / name, evaluation, state.params, progress)
+
+    base = measure("base")
+    trainer = Trainer(cfg, model, batches, engine, judge, learner, reference, checkpoints, log)
+    state = trainer.train(state, start, wall_s)
+    checkpoints.wait()
+    if cfg.checkpoint.export:
+      weights.export(state.params, model.arch, model.directory, root / "export")
+    trained = measure("trained")
+    log.close()
+    plots.write_plots(root, base, trained)
+    summary = summary_lib.write_summary(root, base, trained, config_lib.to_json_dict(cfg), wall_s())
+    if base and trained:
+      console.table(tables.before_after(base, trained))
+    console.message(summary_lib.headline(summary))
+    console.message(f"see {root / 'summary.md'} and {root / 'plots'}")
+
+
+def _header(cfg: Config, model: assemble.Model, data: Pipeline, n_eval: int, start: int) -> list[str]:
+  lines = [
+      *run_info.describe_profile(cfg),
+      f"model: {model.directory} ({model.arch.family}, {model.arch.n_layers} layers, width {model.arch.hidden_size})",
+      f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(model.mesh.shape)}",
+      f"problems: {len(data.problems):,} for training ({data.n_dropped:,} over-long dropped), {n_eval:,} for "
+      "evaluation",
+  ]
+  return lines + ([f"resuming: {start} of {cfg.steps} steps are done"] if start else [])
+
+
+if __name__ == "__main__":
+  flags.run(main, name="train", description="Train a Hugging Face checkpoint with HBPO.")
