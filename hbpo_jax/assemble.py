@@ -39,6 +39,8 @@ def open_model(cfg: Config) -> Model:
     presets.check_preset(cfg.model.preset, arch)
   validation.validate(cfg, n_devices=jax.device_count(), arch=arch)
   builder = PromptBuilder(load_tokenizer(directory, arch), cfg, str(directory))
+  longest = int(builder.prefix(cfg.rollout.budgets)[1].max())
+  validation.validate(cfg, n_devices=jax.device_count(), arch=arch, prefix_tokens=longest)
   return Model(directory, arch, builder, sharding.make_mesh(cfg.mesh))
 
 

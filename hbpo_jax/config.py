@@ -239,7 +239,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
-def field_table(cls: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
+def field_table(cls: Any = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
   """All settings by dotted name, in order: the one table behind flags, gin and the reference."""
   table = {}
   for f in dataclasses.fields(cls):
@@ -331,7 +331,7 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _build(cls: type, flat: dict[str, Any], prefix: str = "") -> Any:
+def _build(cls: Any, flat: dict[str, Any], prefix: str = "") -> Any:
   return cls(**{
       f.name: _build(f.type, flat, f"{prefix}{f.name}.") if dataclasses.is_dataclass(f.type) else flat[prefix + f.name]
       for f in dataclasses.fields(cls)

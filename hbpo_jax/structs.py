@@ -9,7 +9,9 @@ from typing import Any
 from flax import struct
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+# jax.Array on the devices, np.ndarray on the host, or what stands for one in a tree of shapes or shardings.
+Array = Any
 
 
 @struct.dataclass
@@ -23,11 +25,11 @@ class Prompts:
   n_prefix_G: int32 [G], real tokens of each prefix, 0..F.
   query_B: int32 [B], identity of the query within the step, for random keys (its position in the global batch).
   """
-  tokens_BP: jax.Array | np.ndarray
-  n_prompt_B: jax.Array | np.ndarray
-  prefix_GF: jax.Array | np.ndarray
-  n_prefix_G: jax.Array | np.ndarray
-  query_B: jax.Array | np.ndarray
+  tokens_BP: Array
+  n_prompt_B: Array
+  prefix_GF: Array
+  n_prefix_G: Array
+  query_B: Array
 
 
 @struct.dataclass
@@ -43,12 +45,12 @@ class Rollouts:
   n_gen_BGJ: int32 [B, G, J], counted tokens: sampled and EOS, plus the prefix if rollout.count_prefix_tokens.
   truncated_BGJ: bool [B, G, J], True = stopped by the cap, no EOS.
   """
-  tokens: tuple[jax.Array, ...]
-  completion_mask: tuple[jax.Array, ...]
-  logp_sampler: tuple[jax.Array, ...]
-  n_tokens_BGJ: jax.Array
-  n_gen_BGJ: jax.Array
-  truncated_BGJ: jax.Array
+  tokens: tuple[Array, ...]
+  completion_mask: tuple[Array, ...]
+  logp_sampler: tuple[Array, ...]
+  n_tokens_BGJ: Array
+  n_gen_BGJ: Array
+  truncated_BGJ: Array
 
 
 @struct.dataclass
@@ -64,21 +66,21 @@ class Batch:
   logp_ref_RC: float32 [R, C] reference model's, or None when loss.kl_coef is 0.
   logp_sampler_RC: float32 [R, C], the sampler's, or None when loss.importance_cap is None.
   """
-  tokens_RT: jax.Array
-  segment_RT: jax.Array
-  position_RT: jax.Array
-  completion_mask_RC: jax.Array
-  advantage_R: jax.Array | None = None
-  logp_old_RC: jax.Array | None = None
-  logp_ref_RC: jax.Array | None = None
-  logp_sampler_RC: jax.Array | None = None
+  tokens_RT: Array
+  segment_RT: Array
+  position_RT: Array
+  completion_mask_RC: Array
+  advantage_R: Array | None = None
+  logp_old_RC: Array | None = None
+  logp_ref_RC: Array | None = None
+  logp_sampler_RC: Array | None = None
 
 
 @struct.dataclass
 class TrainState:
   """What training changes. step: int32 [], rollout batches done. update: int32 [], optimizer updates done."""
-  step: jax.Array
-  update: jax.Array
+  step: Array
+  update: Array
   params: Any
   opt_state: Any
 

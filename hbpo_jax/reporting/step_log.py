@@ -75,7 +75,8 @@ class StepLog:
           n_gen_BGJ=record.rollouts.n_gen_BGJ, reward_BGJ=record.reward_BGJ,
           advantage_BGJ=record.advantage.total_BGJ)
       if rows:
-        self._console.sample(rows[0])
+        # The budgets take turns in what is shown, too.
+        self._console.sample(rows[step // self._cfg.log.samples_every % len(rows)])
 
   def close(self) -> None:
     """Writes what is pending and closes all files; calling it again does nothing."""

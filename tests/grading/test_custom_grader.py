@@ -51,7 +51,8 @@ def test_a_bad_path_is_refused(module, path, message):
 
 def test_numbers_become_verdicts():
   for scores in ([1, 0.0], [True, False], np.array([1.0, 0.0], np.float32), (np.float64(1), np.int32(0))):
-    verdicts = CustomGrader(lambda r, p, scores=scores: scores, "t.f")(["x", "y"], PROBLEMS)
+    grader = CustomGrader(lambda r, p, scores=scores: scores, "t.f")
+    verdicts = grader.grade_batch(["x", "y"], PROBLEMS, thinking_opened=False)
     assert verdicts == [Verdict(1.0, "correct"), Verdict(0.0, "wrong")]
     assert [v.correct for v in verdicts] == [True, False] and all(v.finished for v in verdicts)
 
@@ -65,7 +66,7 @@ def test_numbers_become_verdicts():
 ])
 def test_bad_numbers_are_refused_with_the_name_of_the_function(scores, message):
   with pytest.raises(ValueError, match=message) as error:
-    CustomGrader(lambda r, p: scores, "tasks.f")(["x", "y"], PROBLEMS)
+    CustomGrader(lambda r, p: scores, "tasks.f").grade_batch(["x", "y"], PROBLEMS, thinking_opened=False)
   assert "'tasks.f'" in str(error.value)
 
 
