@@ -30,7 +30,7 @@ def get_config():
   cfg.data.n_eval = 512
   cfg.data.max_prompt_tokens = 16
   cfg.prompt.instruction = ""
-  cfg.prompt.budget_sentence = "within {budget}"
+  cfg.prompt.budget_sentence = "budget:{budget}"  # One token: a sentence of two would be learnt in halves.
   cfg.prompt.efficiency_sentence = "minimal"
 
   # Many queries per step: with four per update, as a small model invites, the noise undoes what the warm start learnt.

@@ -106,4 +106,4 @@ def new_model(cfg: Config) -> tuple[assemble.Model, Any, Any]:
 
 
 if __name__ == "__main__":
-  flags.run(main, name="sft", description="Supervised warm start on worked responses.")
+  flags.run(main, name="python -m hbpo_jax.sft", description="Supervised warm start on worked responses.")

@@ -92,6 +92,8 @@ class Trainer:
     updates = []
     for minibatch in self.learner.split_minibatches(batch):
       state, metrics = self.learner.update(state, minibatch)
+      if jax.default_backend() == "cpu":
+        jax.block_until_ready(metrics)  # On few cores, queued programs can starve each other's collectives.
       updates.append(metrics)
     state = state.replace(step=state.step + 1)
     updates = jax.device_get(updates)
@@ -220,4 +222,4 @@ def _header(cfg: Config, model: assemble.Model, data: Pipeline, n_eval: int, sta
 
 
 if __name__ == "__main__":
-  flags.run(main, name="train", description="Train a Hugging Face checkpoint with HBPO.")
+  flags.run(main, name="python -m hbpo_jax.train", description="Train a Hugging Face checkpoint with HBPO.")
