@@ -24,13 +24,17 @@ def get_config():
   cfg.sft.steps = 700
   cfg.sft.rows = 32
   cfg.sft.learning_rate = 2e-3
+  cfg.sft.budget_share = 1.0
 
   cfg.data.source = "synthetic"
   cfg.data.synthetic.n_problems = 16384  # Fewer, and the warm start learns some of them by heart.
   cfg.data.n_eval = 512
   cfg.data.max_prompt_tokens = 16
   cfg.prompt.instruction = ""
-  cfg.prompt.budget_sentence = "budget:{budget}"  # One token: a sentence of two would be learnt in halves.
+  cfg.prompt.budget_sentence = "budget:{budget}"
+  # The sentence as part of the prompt. As an action it is forced, never sampled, and learning to avoid a budget moved
+  # its probability to arbitrary first tokens: with forced sentences 97 % right, on its own 87 % (92 % before; seed 1).
+  cfg.prompt.prefix_role = "context"
   cfg.prompt.efficiency_sentence = "minimal"
 
   # Many queries per step: with four per update, as a small model invites, the noise undoes what the warm start learnt.
