@@ -19,6 +19,7 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
+  """The checkpoint, and how it computes."""
   path: str = setting("", "Directory of a Hugging Face checkpoint, or a hub id.")
   revision: str = setting("", "Hub revision; empty means the default branch.")
   preset: str = setting("", "Architecture preset (hbpo_jax.models.presets); compared with the checkpoint at load.")
@@ -29,6 +30,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
+  """The arithmetic task that needs no download."""
   min_level: int = setting(1, "Fewest operations of a synthetic problem.")
   max_level: int = setting(8, "Most operations of a synthetic problem.")
   modulus: int = setting(7, "All arithmetic is modulo this prime.")
@@ -37,6 +39,7 @@ class SyntheticConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+  """Problems to train on and to evaluate with."""
   source: str = setting("synthetic", "'synthetic', a JSON Lines file, or 'tfds:NAME[/CONFIG]'.")
   split: str = setting("train", "TFDS split.")
   data_dir: str = setting("", "TFDS data directory; empty means the TFDS default.")
@@ -50,6 +53,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
+  """The text around a problem, and the budget sentences."""
   instruction: str = setting(
       "Let's think step by step and output the final answer within \\boxed{}.",
       "Sentence appended to every problem; empty for none.")
@@ -66,6 +70,7 @@ class PromptConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
+  """How many responses, under which budgets and caps, drawn how (Section 3.1)."""
   queries: int = setting(64, "Queries per step (B).")
   rollouts_per_query: int = setting(16, "Responses per query (N = G x J).")
   budgets: tuple[int, ...] = setting((512, 1024, 2048, 2560), "Token budgets b_i, strictly increasing; G of them.")
@@ -78,6 +83,7 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
+  """The reward of a response (Section 3.2)."""
   form: str = setting("piecewise", "piecewise (paper, Eq. 1), min (release), classic, or cosine.")
   alpha: float | None = setting(None, "Slope of the length penalty; None means 1 / max_response_tokens.")
   beta: float = setting(4.0, "Scale of the cosine.")
@@ -89,6 +95,7 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
+  """The advantage within and across budgets (Section 3.3)."""
   intra_coef: float = setting(1.0, "Weight of A_intra; the release adds it twice (2).")
   center_intra: bool = setting(False, "Subtract from A_intra its mean over a query's subgroups.")
   std_ddof: int = setting(1, "Divisor n - ddof in the standard deviation of A_inter: 0 or 1.")
@@ -97,6 +104,7 @@ class AdvantageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
+  """The clipped policy loss (Eq. 6)."""
   clip_low: float = setting(0.2, "Ratio clip below: 1 - clip_low.")
   clip_high: float = setting(0.28, "Ratio clip above: 1 + clip_high.")
   dual_clip: float | None = setting(
@@ -109,6 +117,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+  """AdamW and its learning rate; defaults are the release's."""
   learning_rate: float = setting(1e-6, "Peak learning rate.")
   schedule: str = setting("constant", "constant, linear or cosine (decay to final_fraction over the run).")
   final_fraction: float = setting(0.0, "Final over peak learning rate for linear and cosine.")
@@ -122,6 +131,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LearnerConfig:
+  """How a rollout batch becomes updates."""
   minibatches: int = setting(4, "Updates per rollout batch; divides rollout.queries.")
   microbatch_rows: int = setting(0, "Rows per forward-backward; 0 means the whole minibatch. No effect on the result.")
   logprob_chunk: int = setting(256, "Tokens per chunk of the log-probability computation.")
@@ -130,6 +140,7 @@ class LearnerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+  """Devices along each mesh axis."""
   data: int = setting(1, "Data-parallel devices.")
   fsdp: int = setting(-1, "Fully-sharded devices; -1 means all that remain.")
   tensor: int = setting(1, "Tensor-parallel devices.")
@@ -137,6 +148,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GradingConfig:
+  """Limits of the built-in grading."""
   workers: int = setting(0, "Grading processes; 0 means one per core, at most 8.")
   cpu_seconds: float = setting(1.0, "CPU time that decides a timeout verdict.")
   memory_mib: int = setting(1024, "Memory limit of a worker.")
@@ -144,6 +156,7 @@ class GradingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
+  """What is saved, and when."""
   save_every: int = setting(50, "Steps between checkpoints; 0 keeps only the last step's.")
   max_to_keep: int = setting(3, "Newest checkpoints kept.")
   export: bool = setting(True, "Write a Hugging Face export to WORKDIR/export at the end.")
@@ -151,6 +164,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
+  """What is logged, and when."""
   every: int = setting(1, "Steps between metric rows.")
   samples_every: int = setting(10, "Steps between logged sample responses; 0 turns them off.")
   n_samples: int = setting(4, "Responses per sample log.")
@@ -161,6 +175,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
+  """The evaluations before and after training (Section 4)."""
   temperature: float = setting(0.6, "Sampling temperature (Section 4).")
   top_p: float = setting(0.95, "Nucleus mass (Section 4).")
   top_k: int = setting(0, "Keep the k likeliest tokens; 0 turns it off.")
@@ -172,6 +187,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
+  """The supervised warm start."""
   path: str = setting("", "Checkpoint to start from; empty makes a small model with the synthetic task's tokenizer.")
   steps: int = setting(400, "Updates of the supervised warm start.")
   rows: int = setting(64, "Traces per update.")

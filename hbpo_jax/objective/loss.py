@@ -94,16 +94,7 @@ def policy_sums(
   log_ratio_RC = _clamp(logp_RC - old_RC)
   ratio_RC = jnp.exp(log_ratio_RC)
 
-  # The bound of clip that can win the minimum depends on the sign of the advantage. `where` instead of
-  # min(r * A, clip(r) * A) gives a kept token its whole gradient: minimum would halve it at ties.
-  is_low_RC = mask_RC & (advantage_R1 < 0) & (ratio_RC < 1 - cfg.clip_low)
-  is_high_RC = mask_RC & (advantage_R1 > 0) & (ratio_RC > 1 + cfg.clip_high)
-  kept_RC = jnp.where(is_low_RC, 1 - cfg.clip_low, jnp.where(is_high_RC, 1 + cfg.clip_high, ratio_RC))
-  is_dual_RC = jnp.zeros_like(mask_RC)
-  if cfg.dual_clip is not None:
-    is_dual_RC = mask_RC & (advantage_R1 < 0) & (ratio_RC > cfg.dual_clip)
-    kept_RC = jnp.where(is_dual_RC, cfg.dual_clip, kept_RC)
-
+  kept_RC, (is_low_RC, is_high_RC, is_dual_RC) = _clip(ratio_RC, advantage_R1, mask_RC, cfg)
   weight_RC = jnp.ones_like(old_RC)
   if cfg.importance_cap is not None:
     if logp_sampler_RC is None:
@@ -135,6 +126,22 @@ def policy_sums(
       approx_kl=fixed(total(ratio_RC - 1 - log_ratio_RC)),
       importance=total(weight_RC),
   )
+
+
+def _clip(ratio_RC: jax.Array, advantage_R1: jax.Array, mask_RC: jax.Array, cfg: LossConfig):
+  """The ratio with its bounds put in where they win, and where the low, the high and the dual bound did, [R, C].
+
+  The bound of clip that can win the minimum depends on the sign of the advantage. `where` instead of
+  min(r * A, clip(r) * A) gives a kept token its whole gradient: minimum would halve it at ties.
+  """
+  is_low_RC = mask_RC & (advantage_R1 < 0) & (ratio_RC < 1 - cfg.clip_low)
+  is_high_RC = mask_RC & (advantage_R1 > 0) & (ratio_RC > 1 + cfg.clip_high)
+  kept_RC = jnp.where(is_low_RC, 1 - cfg.clip_low, jnp.where(is_high_RC, 1 + cfg.clip_high, ratio_RC))
+  is_dual_RC = jnp.zeros_like(mask_RC)
+  if cfg.dual_clip is not None:
+    is_dual_RC = mask_RC & (advantage_R1 < 0) & (ratio_RC > cfg.dual_clip)
+    kept_RC = jnp.where(is_dual_RC, cfg.dual_clip, kept_RC)
+  return kept_RC, (is_low_RC, is_high_RC, is_dual_RC)
 
 
 def kl_estimate(logp_RC: jax.Array, logp_ref_RC: jax.Array, estimator: str) -> jax.Array:
