@@ -38,7 +38,7 @@ def fail(capsys, *argv, main=lambda cfg, workdir: None) -> str:
 def test_name_and_path_give_the_same_config(repo_root):
   by_path = flags.parse([f"--config={repo_root}/configs/quickstart.py", "--workdir=/w"])
   assert by_path.cfg == parse() and by_path.workdir == "/w"
-  assert parse().rollout.budgets == (8, 16, 32, 40)
+  assert parse().rollout.budgets == (8, 16, 24, 32)
 
 
 def test_arguments_may_be_separated_by_a_space_and_come_in_any_order():
@@ -184,7 +184,7 @@ def test_precedence_file_gin_flag(tmp_path):
   gin_file.write_text("Config.steps = 5\nConfig.seed = 5\nLogConfig.every = 5\n")
   cfg = parse(f"--gin_file={gin_file}", "--gin_param=Config.seed=6", "--gin_param=LogConfig.every=6",
               "--config.log.every=7")
-  assert (cfg.steps, cfg.seed, cfg.log.every, cfg.rollout.queries) == (5, 6, 7, 8)
+  assert (cfg.steps, cfg.seed, cfg.log.every, cfg.rollout.queries) == (5, 6, 7, 32)
 
 
 def test_gin_alone_starts_from_the_default_profile():

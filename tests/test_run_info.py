@@ -1,6 +1,7 @@
 """run.json: what it holds, that it is written whole, and where the git commit comes from."""
 
 import json
+import os
 import pathlib
 import subprocess
 
@@ -57,10 +58,10 @@ def test_failed_write_leaves_the_old_file(tmp_path, mesh, monkeypatch):
   with pytest.raises(ValueError, match="JSON"):
     run_info.write_run_json(tmp_path, config.Config(steps=2), mesh, {"bad": float("nan")})
 
-  def full(self, target):
+  def full(source, target):
     raise OSError("no space left")
 
-  monkeypatch.setattr(pathlib.Path, "replace", full)
+  monkeypatch.setattr(os, "replace", full)
   with pytest.raises(OSError, match="no space left"):
     run_info.write_run_json(tmp_path, config.Config(steps=2), mesh)
   assert (tmp_path / "run.json").read_text() == before
