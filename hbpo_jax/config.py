@@ -97,9 +97,9 @@ class RewardConfig:
 class AdvantageConfig:
   """The advantage within and across budgets (Section 3.3)."""
   intra_coef: float = setting(1.0, "Weight of A_intra; the release adds it twice (2).")
-  center_intra: bool = setting(False, "Subtract from A_intra its mean over a query's subgroups.")
   std_ddof: int = setting(1, "Divisor n - ddof in the standard deviation of A_inter: 0 or 1.")
   std_eps: float = setting(1e-6, "Added to the standard deviation.")
+  center_intra: bool = setting(False, "Subtract from A_intra its mean over a query's subgroups.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,8 @@ import transformers
 from hbpo_jax import flags, train
 from tests.system import runs
 
+STEPS = 8  # Enough that a run is killed long before its end.
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
@@ -25,14 +27,14 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(inputs, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("uninterrupted")
-  done = runs.run("train", runs.settings(inputs, steps=6), workdir)
+  done = runs.run("train", runs.settings(inputs, steps=STEPS), workdir)
   assert done.returncode == 0, done.stderr
   return workdir
 
 
 def test_a_run_leaves_what_it_promises(uninterrupted):
   rows = runs.rows(uninterrupted / "metrics.jsonl")
-  assert [row["step"] for row in rows] == list(range(6))
+  assert [row["step"] for row in rows] == list(range(STEPS))
   for row in rows:
     assert row["update/loss"] is not None and row["update/nonfinite"] == 0
     for budget in (24, 48):
@@ -55,7 +57,7 @@ def test_the_export_loads_in_transformers_and_has_learnt(uninterrupted, inputs):
 
 @pytest.mark.parametrize("kill_after_step", [1, 3])
 def test_killed_and_rerun_ends_bit_identical(inputs, uninterrupted, tmp_path, kill_after_step):
-  overrides = runs.settings(inputs, steps=6)
+  overrides = runs.settings(inputs, steps=STEPS)
   with subprocess.Popen(runs.command("train", overrides, tmp_path), env=runs.environment(),
                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
     log = tmp_path / "metrics.jsonl"
@@ -112,9 +114,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(inputs, uninterrupted, tmp_p
   data = bytearray(victim.read_bytes())
   data[len(data) // 2] ^= 1
   victim.write_bytes(data)
-  again = runs.run("train", runs.settings(inputs, steps=6), workdir)
+  again = runs.run("train", runs.settings(inputs, steps=STEPS), workdir)
   assert again.returncode == 0, again.stderr
-  assert "damaged" in again.stderr and "resuming: 5 of 6" in again.stdout
+  assert "damaged" in again.stderr and f"resuming: {STEPS - 1} of {STEPS}" in again.stdout
   expected, got = runs.exported(uninterrupted), runs.exported(workdir)
   for name in expected:
     np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
@@ -122,7 +124,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(inputs, uninterrupted, tmp_p
 
 def test_a_changed_setting_is_refused_on_resume(inputs, uninterrupted, tmp_path, capsys):
   shutil.copytree(uninterrupted, tmp_path / "run")
-  error = refused(runs.settings(inputs, steps=6) | EIGHT_DEVICES | {"loss.clip_high": 0.3}, tmp_path / "run", capsys)
+  error = refused(runs.settings(inputs, steps=STEPS) | EIGHT_DEVICES | {"loss.clip_high": 0.3}, tmp_path / "run", capsys)
   assert "config.loss.clip_high=0.3" in error and "0.28" in error
 
 
