@@ -124,7 +124,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(inputs, uninterrupted, tmp_p
 
 def test_a_changed_setting_is_refused_on_resume(inputs, uninterrupted, tmp_path, capsys):
   shutil.copytree(uninterrupted, tmp_path / "run")
-  error = refused(runs.settings(inputs, steps=STEPS) | EIGHT_DEVICES | {"loss.clip_high": 0.3}, tmp_path / "run", capsys)
+  overrides = runs.settings(inputs, steps=STEPS) | EIGHT_DEVICES | {"loss.clip_high": 0.3}
+  error = refused(overrides, tmp_path / "run", capsys)
   assert "config.loss.clip_high=0.3" in error and "0.28" in error
 
 
