@@ -37,7 +37,6 @@ def open_model(cfg: Config) -> Model:
   arch = architecture.from_hf_config(directory)
   if cfg.model.preset:
     presets.check_preset(cfg.model.preset, arch)
-  validation.validate(cfg, n_devices=jax.device_count(), arch=arch)
   builder = PromptBuilder(load_tokenizer(directory, arch), cfg, str(directory))
   longest = int(builder.prefix(cfg.rollout.budgets)[1].max())
   validation.validate(cfg, n_devices=jax.device_count(), arch=arch, prefix_tokens=longest)
