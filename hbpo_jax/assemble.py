@@ -75,12 +75,38 @@ def load_tokenizer(directory: pathlib.Path, arch: Architecture) -> transformers.
   return tokenizer
 
 
-def training_engine(cfg: Config, model: Model) -> engine.Engine:
-  """The sampler of the training step: all budgets, J rollouts each."""
+def training_engine(cfg: Config, model: Model, *, n_queries: int | None = None) -> engine.Engine:
+  """The sampler of the training step: all budgets, J rollouts each; n_queries = None means rollout.queries."""
   n_prefix = tuple(int(n) for n in model.builder.prefix(cfg.rollout.budgets)[1])
   shape = engine.Shape(
+      n_queries=n_queries or cfg.rollout.queries, n_prompt_slots=cfg.data.max_prompt_tokens,
       n_rollouts=cfg.rollouts_per_budget, caps=cfg.caps, n_prefix=n_prefix,
       count_prefix=cfg.rollout.count_prefix_tokens, prefix_has_loss=cfg.prompt.prefix_role == "action")
   draws = sampling.make_sampling(
       cfg.rollout.temperature, cfg.rollout.top_p, cfg.rollout.top_k, model.builder.eos_ids)
-  return engine.Engine(model.arch, model.mesh, shape, draws, compute_dtype=cfg.model.compute_dtype)
+  return engine.Engine(
+      model.arch, model.mesh, shape, draws, compute_dtype=cfg.model.compute_dtype, cfg=cfg.rollout)
+
+
+def evaluation_engine(cfg: Config, model: Model, n_queries: int) -> engine.Engine:
+  """The sampler of `eval.mode`: one subgroup, eval.samples_per_problem responses to each of n_queries problems."""
+  shape = engine.Shape(
+      n_queries=n_queries, n_prompt_slots=cfg.data.max_prompt_tokens, n_rollouts=cfg.eval.samples_per_problem,
+      caps=(cfg.eval.max_new_tokens or cfg.reward.max_response_tokens,),
+      n_prefix=tuple(int(n) for n in model.builder.prefix(cfg.eval.mode)[1]), count_prefix=True, prefix_has_loss=True)
+  draws = sampling.make_sampling(cfg.eval.temperature, cfg.eval.top_p, cfg.eval.top_k, model.builder.eos_ids)
+  # The lists of buckets in the settings are for training's lengths.
+  rollout = dataclasses.replace(cfg.rollout, length_buckets=())
+  return engine.Engine(model.arch, model.mesh, shape, draws, compute_dtype=cfg.model.compute_dtype, cfg=rollout)
+
+
+_CACHE = "~/.cache/hbpo_jax/xla"
+
+
+def keep_compiled_programs() -> None:
+  """Turns on JAX's persistent compilation cache, in $JAX_COMPILATION_CACHE_DIR or else in ~/.cache/hbpo_jax/xla."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE).expanduser()))
+  # A run has dozens of programs that take half a second each.
+  if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

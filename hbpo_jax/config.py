@@ -79,6 +79,16 @@ class RolloutConfig:
   temperature: float = setting(1.0, "Sampling temperature in training; also divides the trainer's logits.")
   top_p: float = setting(1.0, "Nucleus mass; 1 turns it off.")
   top_k: int = setting(0, "Keep the k likeliest tokens; 0 turns it off.")
+  slots: int = setting(0, "Responses that decode at once, over all devices; 0 means 64 per data-parallel device.")
+  segment_steps: int = setting(
+      0, "Tokens decoded between two looks of the host; 0 means a 64th of the longest response, 8 to 64.")
+  length_buckets: tuple[int, ...] = setting(
+      (), "Sampled tokens up to which attention may stop reading, ascending; () means powers of two.")
+  layers: str = setting("auto", "The sampler's layers: stacked (compiles fast), unrolled (one program text), or auto.")
+  prefill_kernel: str = setting("auto", "Attention over prompts: auto, xla, splash (TPU) or cudnn (GPU).")
+  decode_kernel: str = setting("auto", "Attention of a decoded token: auto, xla, pallas_tpu or pallas_gpu.")
+  gather_weights: bool = setting(
+      True, "Whether each data-parallel device holds the sampler's weights whole; false splits them over fsdp.")
 
 
 @dataclasses.dataclass(frozen=True)

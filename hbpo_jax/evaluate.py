@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from hbpo_jax import assemble
 from hbpo_jax.assemble import Model
 from hbpo_jax.config import Config
 from hbpo_jax.data.record import Problem
 from hbpo_jax.files import atomic_write_text, json_line, json_value
 from hbpo_jax.grading import Verdict
 from hbpo_jax.reporting import tables
-from hbpo_jax.rollout import engine, sampling
 
 Judge = Callable[[Sequence[str], Sequence[Problem]], Sequence[Verdict]]
 
@@ -39,18 +39,15 @@ class Evaluation:
     if longest > cfg.data.max_prompt_tokens:
       raise ValueError(
           f"an evaluation prompt has {longest} tokens, data.max_prompt_tokens={cfg.data.max_prompt_tokens}; raise it.")
-    n_shards = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    wanted = min(cfg.eval.batch_queries, len(problems))
-    self._batch = -(-wanted // n_shards) * n_shards
+    self._batch = min(cfg.eval.batch_queries, len(problems))
     self._prefix = model.builder.prefix(cfg.eval.mode)
-    shape = engine.Shape(
-        n_rollouts=cfg.eval.samples_per_problem,
-        caps=(cfg.eval.max_new_tokens or cfg.reward.max_response_tokens,),
-        n_prefix=tuple(int(n) for n in self._prefix[1]), count_prefix=True, prefix_has_loss=True)
-    draws = sampling.make_sampling(cfg.eval.temperature, cfg.eval.top_p, cfg.eval.top_k, model.builder.eos_ids)
-    self._engine = engine.Engine(model.arch, model.mesh, shape, draws, compute_dtype=cfg.model.compute_dtype)
+    self._engine = assemble.evaluation_engine(cfg, model, self._batch)
     # Streams 0 and 1 of the seed: training and evaluation.
     self._key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+
+  def warm_up(self, progress: Callable[[int, int], None]) -> None:
+    """Compiles the sampler; see `Engine.warm_up`."""
+    self._engine.warm_up(progress)
 
   def measure(self, params: Any, progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[dict, list]:
     """Generates and grades.
@@ -78,7 +75,7 @@ class Evaluation:
     index = [(first + i) % len(self.problems) for i in range(self._batch)]
     prompts = self._builder.batch(
         [self._tokens[i] for i in index], self._prefix, self._cfg.data.max_prompt_tokens, first_query=first)
-    rollouts = engine.fetch(self._engine.generate(params, prompts, self._key))
+    rollouts = self._engine.generate(params, prompts, self._key)
     n = len(problems)
     responses = decode_responses(self._builder, rollouts)[:n * self._cfg.eval.samples_per_problem]
     owners = [p for p in problems for _ in range(self._cfg.eval.samples_per_problem)]
@@ -93,11 +90,13 @@ class Evaluation:
 
 def decode_responses(builder: Any, rollouts: Any) -> list[str]:
   """Text of every response, in (query, budget, rollout) order; rollouts on the host."""
-  B, G, J = rollouts.n_tokens_BGJ.shape
-  return [
-      builder.decode(rollouts.tokens[g][b, j, :rollouts.n_tokens_BGJ[b, g, j]])
-      for b in range(B) for g in range(G) for j in range(J)
-  ]
+  return [decode_response(builder, rollouts, index) for index in np.ndindex(rollouts.n_tokens_BGJ.shape)]
+
+
+def decode_response(builder: Any, rollouts: Any, index: tuple[int, int, int]) -> str:
+  """Text of the response at (query, budget, rollout); rollouts on the host."""
+  b, g, j = index
+  return builder.decode(rollouts.tokens[g][b, j, :rollouts.n_tokens_BGJ[b, g, j]])
 
 
 def measure_once(path: pathlib.Path, evaluation: Evaluation, params: Any, progress: Any) -> dict:

@@ -64,20 +64,25 @@ class Trainer:
     cfg, clock = self.cfg, Stopwatch()
     problems, prompts = next(self.batches)
 
-    # Rollouts: J responses per query and budget. The previous step is logged while they decode.
+    # Rollouts: J responses per query and budget. The previous step is logged while they decode, and each response is
+    # graded while others still decode.
     key = jax.random.fold_in(training_key(cfg.seed), step)
-    running = self.engine.generate(self.engine.publish(state.params), prompts, key)
+    generation = self.engine.start(self.engine.publish(state.params), prompts, key)
     self.log.flush()
-    rollouts = engine_lib.fetch(running)
+    rollouts, grading = generation.rollouts, self.judge.begin(step)
+    responses = {}
+    for finished in generation:
+      for index in map(tuple, finished.tolist()):
+        responses[index] = evaluate.decode_response(self.model.builder, rollouts, index)
+        grading.submit(index, responses[index], problems[index[0]])
     clock.lap("rollout_s")
 
     # Verdicts: a score in [0, 1] for each response.
-    responses = evaluate.decode_responses(self.model.builder, rollouts)
-    owners = [p for p in problems for _ in range(cfg.rollout.rollouts_per_query)]
-    verdicts = self.judge(responses, owners, step=step)
+    verdicts = grading.collect()
     shape = rollouts.n_gen_BGJ.shape
-    score_BGJ = np.array([v.score for v in verdicts], np.float32).reshape(shape)
-    finished_BGJ = np.array([v.finished for v in verdicts]).reshape(shape)
+    verdict_R = [verdicts[index] for index in np.ndindex(shape)]
+    score_BGJ = np.array([v.score for v in verdict_R], np.float32).reshape(shape)
+    finished_BGJ = np.array([v.finished for v in verdict_R]).reshape(shape)
     clock.lap("grade_s")
 
     # Rewards and advantages within and across budgets.
@@ -103,9 +108,9 @@ class Trainer:
     clock.lap("learn_s")
 
     self.log.defer(step, StepRecord(
-        problems=problems, responses=responses, reasons=[v.reason for v in verdicts], score_BGJ=score_BGJ,
-        rollouts=rollouts, reward_BGJ=reward_BGJ, advantage=advantage, updates=updates, extra=gap,
-        seconds=clock.laps))
+        problems=problems, responses=[responses[index] for index in np.ndindex(shape)],
+        reasons=[v.reason for v in verdict_R], score_BGJ=score_BGJ, rollouts=rollouts, reward_BGJ=reward_BGJ,
+        advantage=advantage, updates=updates, extra=gap, seconds=clock.laps, ledger=generation.ledger.metrics()))
     return state
 
 
@@ -118,6 +123,20 @@ def rewards_and_advantages(n_gen_BGJ, score_BGJ, finished_BGJ, *, cfg: Config):
   has_baseline = cfg.reward.form in reward_lib.FORMS_WITH_BASELINE
   baseline_G = reward_lib.baseline(budget_tokens_G, cfg=cfg.reward) if has_baseline else None
   return reward_BGJ, advantage_lib.compute(reward_BGJ, baseline_G, cfg=cfg.advantage)
+
+
+def compile_samplers(console: Console, **samplers) -> None:
+  """Compiles every program that the samplers can need, so that none is compiled in mid-run; says how far it is."""
+  for name, sampler in samplers.items():
+    if sampler is not None:
+      started = time.perf_counter()
+
+      def progress(done: int, total: int, name=name, started=started) -> None:
+        if done in (1, total) or done % max(1, total // 4) == 0:
+          spent_s = time.perf_counter() - started
+          console.message(f"compiling the sampler for {name}: {done} of {total} programs, {spent_s:.0f} s")
+
+      sampler.warm_up(progress)
 
 
 def training_key(seed: int) -> jax.Array:
@@ -165,6 +184,7 @@ def first_state(
 def main(cfg: Config, workdir: str) -> None:
   """Trains, evaluates before and after, exports, and writes the summary."""
   wall_s, root = WallClock(), pathlib.Path(workdir)
+  assemble.keep_compiled_programs()
   # Everything that can be refused is refused here, before a weight is read.
   model = assemble.open_model(cfg)
   problems, eval_problems = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
@@ -194,6 +214,7 @@ def main(cfg: Config, workdir: str) -> None:
       progress = lambda done, total: console.message(f"evaluation {name}: {done} of {total} problems")
       return evaluate.measure_once(root / "eval" / name, evaluation, state.params, progress)
 
+    compile_samplers(console, training=engine, evaluation=evaluation)
     base = measure("base")
     trainer = Trainer(cfg, model, batches, engine, judge, learner, reference, checkpoints, log)
     state = trainer.train(state, start, wall_s)

@@ -16,6 +16,9 @@ _CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "prompt.prefix_role": ("action", "context"),
+    "rollout.layers": ("auto", "stacked", "unrolled"),
+    "rollout.prefill_kernel": ("auto", "xla", "splash", "cudnn"),
+    "rollout.decode_kernel": ("auto", "xla", "pallas_tpu", "pallas_gpu"),
     "reward.form": ("piecewise", "min", "classic", "cosine"),
     "advantage.std_ddof": (0, 1),
     "loss.kl_estimator": ("k1", "k2", "k3"),
@@ -28,7 +31,7 @@ _AT_LEAST = {
     "seed": 0, "steps": 1,
     "data.n_eval": 0, "data.max_prompt_tokens": 1, "data.limit": 0,
     "data.synthetic.min_level": 1, "data.synthetic.modulus": 2, "data.synthetic.n_problems": 1,
-    "rollout.queries": 1, "rollout.rollouts_per_query": 1, "rollout.top_k": 0,
+    "rollout.queries": 1, "rollout.rollouts_per_query": 1, "rollout.top_k": 0, "rollout.slots": 0, "rollout.segment_steps": 0,
     "reward.max_response_tokens": 1,
     "optimizer.warmup_updates": 0,
     "learner.minibatches": 1, "learner.microbatch_rows": 0, "learner.logprob_chunk": 1,
@@ -87,6 +90,7 @@ def validate(cfg: config.Config, *, n_devices: int, arch: Any = None, prefix_tok
   """
   _check_each_alone(cfg)
   _check_budgets(cfg)
+  _check_sampler(cfg)
   _check_reward(cfg)
   _check_text(cfg)
   _check_batch(cfg)
@@ -141,6 +145,15 @@ def _check_budgets(cfg: config.Config) -> None:
       _require(cap <= longest, cfg, "rollout.caps",
                f"has cap {cap} beyond config.reward.max_response_tokens={longest}, where nothing is earned",
                f"give caps of at most {longest}")
+
+
+def _check_sampler(cfg: config.Config) -> None:
+  sizes = cfg.rollout.length_buckets
+  _require(not sizes or (_increasing(sizes) and sizes[0] > 0), cfg, "rollout.length_buckets",
+           "is not strictly increasing from at least 1", "write the sizes in ascending order, or () for powers of two")
+  _require(cfg.rollout.prefill_kernel != "cudnn" or cfg.model.compute_dtype == "bfloat16", cfg,
+           "rollout.prefill_kernel", f"needs 16 bits, but config.model.compute_dtype={cfg.model.compute_dtype!r}",
+           "set model.compute_dtype=bfloat16, or prefill_kernel=xla")
 
 
 def _increasing(values: Sequence[int]) -> bool:

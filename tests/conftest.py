@@ -11,10 +11,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pathlib
+import shutil
+import tempfile
 
 import pytest
 
+# Tests and the commands they start compile many equal programs; one cache for this run, shared by its workers.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+_OWN_CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="hbpo_jax_tests_xla_")
+if _OWN_CACHE:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _OWN_CACHE
+
 REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def pytest_unconfigure(config):
+  if _OWN_CACHE:  # Set in the process that started the others.
+    shutil.rmtree(_OWN_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,8 @@ def test_profiles_pass(profile):
 CHOICE_CASES = {
     "profile": "best", "model.compute_dtype": "float16", "model.param_dtype": "float16", "model.remat": "some",
     "prompt.prefix_role": "both", "reward.form": "linear", "advantage.std_ddof": 2, "loss.kl_estimator": "k4",
-    "optimizer.schedule": "step", "learner.nonfinite": "ignore",
+    "optimizer.schedule": "step", "learner.nonfinite": "ignore", "rollout.layers": "looped",
+    "rollout.prefill_kernel": "flash", "rollout.decode_kernel": "paged",
 }  # fmt: skip
 
 
@@ -66,7 +67,7 @@ WHOLE_CASES = [
     ("data.max_prompt_tokens", 0, 1), ("data.limit", -1, 0), ("data.synthetic.min_level", 0, 1),
     ("data.synthetic.modulus", 1, 2),
     ("data.synthetic.n_problems", 0, 1), ("rollout.queries", 0, 4), ("rollout.rollouts_per_query", 0, 4),
-    ("rollout.top_k", -1, 0), ("reward.max_response_tokens", 0, 2560), ("optimizer.warmup_updates", -1, 0),
+    ("rollout.top_k", -1, 0), ("rollout.slots", -1, 0), ("rollout.segment_steps", -1, 0), ("reward.max_response_tokens", 0, 2560), ("optimizer.warmup_updates", -1, 0),
     ("learner.minibatches", 0, 1), ("learner.microbatch_rows", -1, 1), ("learner.logprob_chunk", 0, 1),
     ("mesh.data", 0, 1), ("mesh.tensor", 0, 1), ("grading.workers", -1, 0), ("grading.memory_mib", 255, 256),
     ("checkpoint.save_every", -1, 0), ("checkpoint.max_to_keep", 0, 1), ("log.every", 0, 1),
@@ -130,6 +131,17 @@ def test_budgets(budgets, words):
 
 def test_budget_may_equal_the_longest_response():
   check(rollout__budgets=(512, 4096))
+
+
+@pytest.mark.parametrize("sizes", [(128, 64), (64, 64), (0, 64)])
+def test_length_buckets_ascend(sizes):
+  refuse(r"rollout\.length_buckets", "ascending order", rollout__length_buckets=sizes)
+  check(rollout__length_buckets=(64, 128))
+
+
+def test_cudnn_needs_16_bits():
+  refuse(r"rollout\.prefill_kernel", "bfloat16", rollout__prefill_kernel="cudnn", model__compute_dtype="float32")
+  check(rollout__prefill_kernel="cudnn")
 
 
 def test_rollouts_split_over_budgets():

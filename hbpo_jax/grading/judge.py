@@ -1,6 +1,6 @@
 """From responses to verdicts, as training and evaluation ask for them: built-in grading or the user's function."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 import dataclasses
 import os
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from hbpo_jax.config import Config
 from hbpo_jax.data.record import Problem
 from hbpo_jax.grading.custom import load_custom
-from hbpo_jax.grading.journal import Journal, grade_step
+from hbpo_jax.grading.journal import Journal, StepGrading, grade_step
 from hbpo_jax.grading.pool import Grader
 from hbpo_jax.grading.verdict import Verdict
 
@@ -40,11 +40,33 @@ class Judge:
       problems: the problem of each response.
       step: the training step, whose verdicts are journalled so that a resumed run repeats them; None for evaluation.
     """
-    # The built-in grader wants the accepted answers, a user's function the whole problem.
-    answers = [dataclasses.asdict(p) if self._is_custom else p.answers for p in problems]
     return grade_step(
-        self._grader, None if step is None else self._journal, step or 0, responses, answers, thinking_opened=True)
+        self._grader, None if step is None else self._journal, step or 0, responses,
+        [self._answer(p) for p in problems], thinking_opened=True)
+
+  def begin(self, step: int) -> "StepJudge":
+    """Grading of a training step whose responses come one by one."""
+    return StepJudge(StepGrading(self._grader, self._journal, step, thinking_opened=True), self._answer)
+
+  def _answer(self, problem: Problem) -> Any:
+    # The built-in grader wants the accepted answers, a user's function the whole problem.
+    return dataclasses.asdict(problem) if self._is_custom else problem.answers
 
   def forget_before(self, step: int) -> None:
     """Removes the journals of steps that no checkpoint will ask for again."""
     self._journal.prune(step)
+
+
+class StepJudge:
+  """Verdicts on the responses of one step, graded while others are still being written."""
+
+  def __init__(self, grading: StepGrading, answer: Callable[[Problem], Any]):
+    self._grading, self._answer = grading, answer
+
+  def submit(self, key: Hashable, response: str, problem: Problem) -> None:
+    """Starts grading a response that follows the opened `<think>`; each key once."""
+    self._grading.submit(key, response, self._answer(problem))
+
+  def collect(self) -> dict[Hashable, Verdict]:
+    """Waits for all verdicts, writes them to the journal and returns them by key."""
+    return self._grading.collect()

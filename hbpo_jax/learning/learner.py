@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from hbpo_jax.config import Config
+from hbpo_jax.config import Config, LossConfig
 from hbpo_jax.learning import optimizer, scoring
 from hbpo_jax.learning.scoring import batch_logps, chunked_logps, score  # noqa: F401  (the room's front door)
 from hbpo_jax.models import decoder, sharding
@@ -115,20 +115,39 @@ def apply(
   return state, {"grad_norm": norm, "nonfinite": 1.0 - finite.astype(jnp.float32)}
 
 
-def sampler_gap(batch: Batch) -> Metrics:
-  """Mean and maximum of |logp_old - logp_sampler| over the tokens that carry loss; float32 [], 0 without tokens.
+def sampler_gap(batch: Batch, cfg: LossConfig) -> Metrics:
+  """How far the trainer's log-probabilities lie from the sampler's over the tokens that carry loss.
 
-  With top-p or top-k below 1 the two distributions differ on purpose.
+      sampler_gap_mean, sampler_gap_max   of |d|,  d = logp_old - logp_sampler
+      sampler_kl                          mean of exp(d) - 1 - d, the k3 estimate of KL(sampler || trainer)
+      sampler_outside_clip                share of tokens with exp(d) outside [1 - clip_low, 1 + clip_high]
 
+  With top-p or top-k the two distributions differ on purpose. Forced tokens that carry loss count as well, although
+  the sampler did not draw them.
+
+  Args:
+    batch: with logp_old_RC and logp_sampler_RC.
+    cfg: its clip bounds are read.
+  Returns:
+    float32 [] each, 0 without tokens.
   Raises:
     ValueError: when one of the two is None.
   """
   if batch.logp_old_RC is None or batch.logp_sampler_RC is None:
     raise ValueError("batch.logp_old_RC or logp_sampler_RC is None; score the batch and keep the sampler's values.")
   mask_RC = batch.completion_mask_RC
-  gap_RC = jnp.where(mask_RC, jnp.abs(batch.logp_old_RC - batch.logp_sampler_RC), 0.0)
+  old_RC, sampler_RC = (jnp.where(mask_RC, x, 0.0) for x in (batch.logp_old_RC, batch.logp_sampler_RC))
+  log_ratio_RC = old_RC - sampler_RC
+  # The bounds in logarithms: exp would overflow where the two have nothing in common.
+  low, high = math.log1p(-cfg.clip_low), math.log1p(cfg.clip_high)
+  outside_RC = (log_ratio_RC < low) | (log_ratio_RC > high)
   n_tokens = jnp.maximum(jnp.sum(mask_RC, dtype=jnp.float32), 1.0)
-  return {"sampler_gap_mean": jnp.sum(gap_RC) / n_tokens, "sampler_gap_max": jnp.max(gap_RC, initial=0.0)}
+  return {
+      "sampler_gap_mean": jnp.sum(jnp.abs(log_ratio_RC)) / n_tokens,
+      "sampler_gap_max": jnp.max(jnp.abs(log_ratio_RC), initial=0.0),
+      "sampler_kl": jnp.sum(loss.kl_estimate(sampler_RC, old_RC, "k3")) / n_tokens,
+      "sampler_outside_clip": jnp.sum(outside_RC, dtype=jnp.float32) / n_tokens,
+  }
 
 
 def check_finite(metrics: dict[str, Any], step: int) -> None:
@@ -191,7 +210,7 @@ class Learner:
     self._sft_update = jit_update(
         functools.partial(self._update_traced, lambda p, b, n, _: supervised(p, b, n)))
     self._split = jax.jit(self._split_traced, in_shardings=self._rows, out_shardings=self._rows)
-    self._gap = jax.jit(sampler_gap, in_shardings=self._rows, out_shardings=whole)
+    self._gap = jax.jit(functools.partial(sampler_gap, cfg=cfg.loss), in_shardings=self._rows, out_shardings=whole)
 
   def new_state(self, params: Any) -> TrainState:
     """Step 0 with fresh optimizer moments. The state takes over `params`: `update` consumes these very arrays."""
@@ -223,11 +242,15 @@ class Learner:
           "rollout.queries, rollout.rollouts_per_query or learner.minibatches, or the mesh.")
     return jax.device_put(batch, self._rows)
 
-  def score(self, params: Any, batch: Batch) -> jax.Array:
-    """float32 [R, C]: log-probability of every real completion token at the sampling temperature, 0 at padding."""
+  def score(self, params: Any, batch: Batch, temperature: float | None = None) -> jax.Array:
+    """float32 [R, C]: log-probability of every real completion token, 0 at padding.
+
+    Args:
+      temperature: divides the logits; None means the sampler's, rollout.temperature.
+    """
     batch = self.place(scoring.forward_fields(batch))
     with jax.set_mesh(self.mesh):
-      return self._score(params, batch, self.cfg.rollout.temperature)
+      return self._score(params, batch, self.cfg.rollout.temperature if temperature is None else temperature)
 
   def sampler_gap(self, batch: Batch) -> Metrics:
     """As the function of that name; needs logp_old_RC and logp_sampler_RC."""

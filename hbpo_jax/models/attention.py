@@ -1,9 +1,14 @@
 """Rotary positions and grouped-query attention, over a whole row and for one decoded token."""
 
+from collections.abc import Sequence
+import functools
+
+from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hbpo_jax.models import kernels
 from hbpo_jax.models.architecture import Architecture
 
 # Finite, so that a row with nothing to attend to (padding) averages everything instead of giving NaN.
@@ -69,7 +74,10 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(query_RTHE: jax.Array, key_RTKE: jax.Array, value_RTKE: jax.Array, segment_RT: jax.Array) -> jax.Array:
+def attend(
+    query_RTHE: jax.Array, key_RTKE: jax.Array, value_RTKE: jax.Array, segment_RT: jax.Array, *,
+    mask_TT: np.ndarray | None = None, kernel: str = "xla",
+) -> jax.Array:
   """Causal attention within segments.
 
   Column t sees columns s <= t of its own segment; columns of segment 0 (padding) see and are seen by nothing real.
@@ -77,15 +85,21 @@ def attend(query_RTHE: jax.Array, key_RTKE: jax.Array, value_RTKE: jax.Array, se
   Args:
     query_RTHE, key_RTKE, value_RTKE: compute dtype; query head h uses key/value head h // (H / K).
     segment_RT: int32 [R, T], 0 = padding.
+    mask_TT: static bool [T, T] in place of the causal triangle; True = column (second axis) is seen.
+    kernel: 'xla', 'splash' (TPU) or 'cudnn' (GPU).
   Returns:
     [R, T, H, E], compute dtype; finite but meaningless at padding.
   """
+  if kernel == "splash":
+    return kernels.attend_splash(query_RTHE, key_RTKE, value_RTKE, segment_RT, mask=mask_TT)
+  if kernel == "cudnn":
+    return kernels.attend_cudnn(query_RTHE, key_RTKE, value_RTKE, segment_RT, mask=mask_TT)
   R, T, H, E = query_RTHE.shape
   K = key_RTKE.shape[2]
   dtype = query_RTHE.dtype
   grouped = query_RTHE.reshape(R, T, K, H // K, E)
   score = product("rtkge,rske->rkgts", grouped, key_RTKE)
-  causal_TT = jnp.tril(jnp.ones((T, T), bool))
+  causal_TT = jnp.tril(jnp.ones((T, T), bool)) if mask_TT is None else jnp.asarray(mask_TT)
   same_RTT = (segment_RT[:, :, None] == segment_RT[:, None, :]) & (segment_RT[:, None, :] != 0)
   mask = (causal_TT & same_RTT)[:, None, None]
   weight = jax.nn.softmax(jnp.where(mask, score * E**-0.5, MASKED), axis=-1)
@@ -131,3 +145,52 @@ def attend_decode(
   out = product("bnkgp,bkpe->bnkge", (exp_p / total).astype(dtype), prompt_value_BKPE)
   out += product("bnkgs,bnkse->bnkge", (exp_s / total).astype(dtype), value_BNKSE)
   return out.reshape(B, N, H, E).astype(dtype)
+
+
+@struct.dataclass
+class Part:
+  """Keys and values of one array of every row's columns.
+
+  key: compute dtype [R, K, S, E], or [R, K, E, S] for the kernel 'xla'.  value: [R, K, S, E]. Or all layers': [L, ..].
+  intervals: disjoint (first, end), each int32 [R]: a row sees the columns first <= c < end of every interval.
+  """
+  key: jax.Array
+  value: jax.Array
+  intervals: tuple[tuple[jax.Array, jax.Array], ...]
+
+
+def attend_parts(
+    query_RKGE: jax.Array, parts: Sequence[Part], *, kernel: str, layer: jax.Array | None = None) -> jax.Array:
+  """Attention of one new token per row to keys that lie in several arrays, under one softmax.
+
+  Each part is exponentiated against the common maximum, and the parts are added in order. A column that a row does not
+  see adds an exact zero.
+
+  Args:
+    query_RKGE: compute dtype, G query heads per key/value head.
+    parts: each row sees a column in at least one of them.
+    kernel: 'xla', whose keys are [.., E, S] (a CPU reads them twice as fast; GPUs do not mind), or one of
+      `kernels.DECODE`, which reads only the blocks that are seen.
+    layer: int32 [], which of the layers in `parts`; None = they are of one layer.
+  Returns:
+    float32 [R, K, G, E].
+  """
+  if kernel != "xla":
+    # The kernels take whole stacks, of which they read what they need; a layer picked beforehand would be a copy.
+    ragged = tuple((part.key, part.value, *interval) for part in parts for interval in part.intervals)
+    return kernels.decode_parts(query_RKGE, ragged, kernel=kernel, layer=0 if layer is None else layer)
+  pick = lambda x: x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+  scores = []
+  for part in parts:
+    key = pick(part.key)
+    column = jnp.arange(key.shape[-1])
+    seen = [(column >= first[:, None]) & (column < end[:, None]) for first, end in part.intervals]
+    score = product("rkge,rkes->rkgs", query_RKGE, key) * query_RKGE.shape[-1]**-0.5
+    scores.append(jnp.where(functools.reduce(jnp.logical_or, seen)[:, None, None], score, MASKED))
+  top = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score in scores])
+  total = out = jnp.zeros((), jnp.float32)
+  for part, score in zip(parts, scores, strict=True):
+    weight = jnp.exp(score - top)
+    total += weight.sum(-1, keepdims=True)
+    out += product("rkgs,rkse->rkge", weight.astype(query_RKGE.dtype), pick(part.value))
+  return out / total

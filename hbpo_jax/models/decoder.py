@@ -6,10 +6,13 @@ The network is an NNX module; `nnx.merge` and `nnx.split` happen here and nowher
     embed [V, D]   layers.{attention_norm [L, D], query [L, H, E, D], key/value [L, K, E, D], query_bias [L, H, E], ...,
     output [L, D, H, E], mlp_norm [L, D], gate/up [L, F, D], down [L, D, F]}   norm [D]   head [V, D] (absent if tied)
 
+The sampler's copy may hold the layers unrolled instead (`unroll`): every function but `init` takes both.
+
 The residual stream, norms, softmax and logits are float32; matmuls take `compute_dtype` operands. Every weight is
 rounded to `compute_dtype` at use, so params that were cast beforehand give the same result.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -28,10 +31,11 @@ REMAT = ("none", "dots", "full")
 class Cache:
   """Keys and values, compute dtype.
 
-  Of prompts: [L, B, K, P, E]. Of rollouts: [L, B, N, K, S, E], slot c = response token c.
+  Of prompts: [L, B, K, P, E]. Of rollouts: [L, B, N, K, S, E], slot c = response token c. Where the layers are
+  unrolled, a tuple of L such arrays without the first axis.
   """
-  k: jax.Array
-  v: jax.Array
+  k: Any
+  v: Any
 
 
 def _matmul(spec: str, x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -46,10 +50,13 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float, dtype: jnp.dtype) -> j
 
 
 class Layer(nnx.Module):
-  """One decoder layer. Inside `Decoder` its weights carry a leading [L], which the scan takes off."""
+  """One decoder layer. Inside `Decoder` its weights carry a leading [L], which the scan takes off.
 
-  def __init__(self, arch: Architecture, weights: dict[str, Any]):
-    self.arch = arch
+  inputs_first: whether the weights' input axes come before their output axes, as `unroll` leaves them.
+  """
+
+  def __init__(self, arch: Architecture, weights: dict[str, Any], inputs_first: bool = False):
+    self.arch, self.inputs_first = arch, inputs_first
     for name, value in weights.items():
       setattr(self, name, nnx.Param(value))
 
@@ -57,8 +64,7 @@ class Layer(nnx.Module):
     """Rotated queries [..., H, E], rotated keys and values [..., K, E] of the residual stream x [..., D]."""
     arch = self.arch
     normed = _rms_norm(x, self.attention_norm[...], arch.rms_eps, dtype)
-    query, key, value = (
-        _matmul("...d,hed->...he", normed, w[...], dtype) for w in (self.query, self.key, self.value))
+    query, key, value = (self._linear(normed, "d", w, "he", dtype) for w in (self.query, self.key, self.value))
     if arch.qkv_bias:
       query, key, value = (
           y + attention.rounded(bias[...], dtype)
@@ -71,44 +77,77 @@ class Layer(nnx.Module):
 
   def finish(self, x: jax.Array, attended: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The residual stream after the attention's output projection and the MLP."""
-    x = x + _matmul("...he,dhe->...d", attended, self.output[...], dtype)
+    x = x + self._linear(attended, "he", self.output, "d", dtype)
     normed = _rms_norm(x, self.mlp_norm[...], self.arch.rms_eps, dtype)
-    gate = _matmul("...d,fd->...f", normed, self.gate[...], dtype)
-    up = _matmul("...d,fd->...f", normed, self.up[...], dtype)
-    return x + _matmul("...f,df->...d", jax.nn.silu(gate) * up, self.down[...], dtype)
+    gate, up = (self._linear(normed, "d", w, "f", dtype) for w in (self.gate, self.up))
+    return x + self._linear(jax.nn.silu(gate) * up, "f", self.down, "d", dtype)
+
+  def _linear(self, x: jax.Array, inputs: str, weight: nnx.Param, outputs: str, dtype: jnp.dtype) -> jax.Array:
+    """float32 [..., outputs] of x [..., inputs]; axes are named by a letter each."""
+    axes = inputs + outputs if self.inputs_first else outputs + inputs
+    return _matmul(f"...{inputs},{axes}->...{outputs}", x, weight[...], dtype)
 
 
 class Decoder(nnx.Module):
   """Embedding, stacked layers, final norm and head."""
 
-  def __init__(self, arch: Architecture, weights: dict[str, Any]):
+  def __init__(self, arch: Architecture, weights: dict[str, Any], inputs_first: bool = False):
     self.arch = arch
     self.embed = nnx.Param(weights["embed"])
-    self.layers = Layer(arch, weights["layers"])
+    self.layers = Layer(arch, weights["layers"], inputs_first)
     self.norm = nnx.Param(weights["norm"])
     if not arch.tie_embeddings:
       self.head = nnx.Param(weights["head"])
 
   def embed_tokens(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """float32 [..., D] of int32 tokens [...], rounded to `dtype`."""
-    return attention.rounded(jnp.take(self.embed[...], tokens, axis=0), dtype)
+    return attention.rounded(jnp.take(self.embed[...], tokens, axis=0, mode="clip"), dtype)
 
   def final_norm(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The normalised residual stream in the compute dtype."""
     return _rms_norm(x, self.norm[...], self.arch.rms_eps, dtype).astype(dtype)
 
 
-def _build(arch: Architecture, key: jax.Array, param_dtype: jnp.dtype) -> Decoder:
-  return Decoder(arch, parameters.initial(arch, key, param_dtype))
-
-
 @functools.lru_cache
-def _graph(arch: Architecture) -> nnx.GraphDef:
-  return nnx.split(nnx.eval_shape(lambda: _build(arch, jax.random.key(0), jnp.float32)))[0]
+def _graph(arch: Architecture, inputs_first: bool) -> nnx.GraphDef:
+  def build():
+    return Decoder(arch, parameters.initial(arch, jax.random.key(0), jnp.float32), inputs_first)
+
+  return nnx.split(nnx.eval_shape(build))[0]
 
 
-def _merge(arch: Architecture, params: dict) -> Decoder:
-  return nnx.merge(_graph(arch), nnx.State(params))
+def is_unrolled(params: dict) -> bool:
+  """Whether the layers are a tuple, as `unroll` leaves them, not stacked."""
+  return isinstance(params["layers"], tuple)
+
+
+def unroll(params: dict, arch: Architecture) -> dict:
+  """The same weights laid out for decoding without a loop over the layers; jit it.
+
+  The layers are a tuple of L dicts; input axes come before output axes; `lm_head` [D, V] is the head. On CPU, a weight
+  that is picked out of a stack inside a loop is copied at every use, and a few rows times [inputs, outputs] run at the
+  speed of the hardware where [outputs, inputs] reach two thirds of it.
+  """
+  def one(row: parameters.Parameter, weight: jax.Array) -> jax.Array:
+    n_in = row.n_inputs
+    return jnp.moveaxis(weight, range(weight.ndim - n_in, weight.ndim), range(n_in))
+
+  rows = [row for row in parameters.table(arch) if row.stacked]
+  layers = tuple({row.path[-1]: one(row, parameters.at(params, row.path)[i]) for row in rows}
+                 for i in range(arch.n_layers))
+  return {"embed": params["embed"], "layers": layers, "norm": params["norm"], "lm_head": head_matrix(params, arch).T}
+
+
+def open_layers(arch: Architecture, params: dict) -> tuple[Decoder, nnx.GraphDef, Any]:
+  """(decoder for embedding and norm; graph of one layer; weights of the layers: one stacked State, or a tuple)."""
+  unrolled = is_unrolled(params)
+  first = params
+  if unrolled:
+    first = {"embed": params["embed"], "layers": params["layers"][0], "norm": params["norm"]}
+    arch = dataclasses.replace(arch, tie_embeddings=True)  # The head is not part of this module.
+  model = nnx.merge(_graph(arch, unrolled), nnx.State(first))
+  graph, stacked = nnx.split(model.layers)
+  return model, graph, tuple(nnx.State(w) for w in params["layers"]) if unrolled else stacked
 
 
 def init(arch: Architecture, key: jax.Array, param_dtype: jnp.dtype = jnp.float32) -> dict:
@@ -117,23 +156,30 @@ def init(arch: Architecture, key: jax.Array, param_dtype: jnp.dtype = jnp.float3
   Normal with standard deviation 1/sqrt(inputs), the two projections into the residual stream also divided by
   sqrt(2 L); norms 1, biases 0.
   """
-  return nnx.to_pure_dict(nnx.split(_build(arch, key, param_dtype))[1])
+  return nnx.to_pure_dict(nnx.split(Decoder(arch, parameters.initial(arch, key, param_dtype)))[1])
 
 
-def _run(params, arch, tokens_RT, segment_RT, position_RT, compute_dtype, remat, keep_cache) -> tuple[jax.Array, Any]:
-  """(hidden states [R, T, D] after the final norm, Cache [L, R, K, T, E] or None)."""
+def run(
+    params: dict, arch: Architecture, tokens_RT: jax.Array, segment_RT: jax.Array, position_RT: jax.Array, *,
+    compute_dtype: Any, remat: str = "none", keep_cache: bool = False, mask_TT: Any = None, kernel: str = "xla",
+) -> tuple[jax.Array, Any]:
+  """(hidden states [R, T, D] after the final norm, Cache [L, R, K, T, E] or None); see `forward`.
+
+  Args:
+    keep_cache: whether to return the keys and values.
+    mask_TT: static bool [T, T] in place of the causal triangle; row = column that looks, True = sees.
+  """
   if remat not in REMAT:
     raise ValueError(f"model.remat={remat!r} is unknown; choose one of {REMAT}.")
   dtype = jnp.dtype(compute_dtype)
-  model = _merge(arch, params)
+  model, graph, layers = open_layers(arch, params)
   rope = attention.rope_tables(arch, position_RT)
-  graph, stacked = nnx.split(model.layers)
 
   def body(x, weights):
     layer = nnx.merge(graph, weights)
     query, key, value = layer.project(x, rope, dtype)
     query = constrain(query, "batch", "none", "heads", "none")
-    attended = attention.attend(query, key, value, segment_RT)
+    attended = attention.attend(query, key, value, segment_RT, mask_TT=mask_TT, kernel=kernel)
     x = constrain(layer.finish(x, attended, dtype), "batch", "none", "none")
     return x, Cache(key.swapaxes(1, 2), value.swapaxes(1, 2)) if keep_cache else None
 
@@ -142,7 +188,14 @@ def _run(params, arch, tokens_RT, segment_RT, position_RT, compute_dtype, remat,
   elif remat == "full":
     body = jax.checkpoint(body, prevent_cse=False)
   x = constrain(model.embed_tokens(tokens_RT, dtype), "batch", "none", "none")
-  x, cache = jax.lax.scan(body, x, stacked)
+  if isinstance(layers, tuple):
+    caches = []
+    for weights in layers:
+      x, cache = body(x, weights)
+      caches.append(cache)
+    cache = Cache(tuple(c.k for c in caches), tuple(c.v for c in caches)) if keep_cache else None
+  else:
+    x, cache = jax.lax.scan(body, x, layers)
   return model.final_norm(x, dtype), cache
 
 
@@ -155,6 +208,7 @@ def forward(
     *,
     compute_dtype: Any = jnp.bfloat16,
     remat: str = "none",
+    kernel: str = "xla",
 ) -> jax.Array:
   """Hidden states after the final norm; `logits` turns them into scores.
 
@@ -165,10 +219,12 @@ def forward(
     position_RT: int32 [R, T], rotary positions; any value at padding.
     compute_dtype: dtype of matmul operands: bfloat16 or float32.
     remat: what the backward pass keeps of each layer: 'none' = everything, 'dots' = matmul outputs, 'full' = its input.
+    kernel: attention: 'xla', 'splash' (TPU) or 'cudnn' (GPU).
   Returns:
     compute_dtype [R, T, D]; finite but meaningless at padding.
   """
-  return _run(params, arch, tokens_RT, segment_RT, position_RT, compute_dtype, remat, False)[0]
+  return run(
+      params, arch, tokens_RT, segment_RT, position_RT, compute_dtype=compute_dtype, remat=remat, kernel=kernel)[0]
 
 
 def prefill(
@@ -188,7 +244,8 @@ def prefill(
   Returns:
     compute_dtype [B, D], and a Cache with k and v of compute_dtype [L, B, K, P, E].
   """
-  hidden, cache = _run(params, arch, tokens_BP, segment_BP, position_BP, compute_dtype, "none", True)
+  hidden, cache = run(
+      params, arch, tokens_BP, segment_BP, position_BP, compute_dtype=compute_dtype, keep_cache=True)
   return hidden[:, -1], cache
 
 
@@ -226,9 +283,8 @@ def decode_step(
     compute_dtype [B, N, D], and the cache with `slot` written.
   """
   dtype = jnp.dtype(compute_dtype)
-  model = _merge(arch, params)
+  model, graph, stacked = open_layers(arch, params)
   rope = attention.rope_tables(arch, position_BN)
-  graph, stacked = nnx.split(model.layers)
 
   def body(index, carry):
     x, k, v = carry
@@ -256,4 +312,6 @@ def head_matrix(params: dict, arch: Architecture) -> jax.Array:
 
 def logits(params: dict, arch: Architecture, hidden: jax.Array) -> jax.Array:
   """float32 [..., V] of hidden states [..., D]; operands in the hidden states' dtype, accumulated in float32."""
+  if is_unrolled(params):
+    return _matmul("...d,dv->...v", hidden, params["lm_head"], hidden.dtype)
   return _matmul("...d,vd->...v", hidden, head_matrix(params, arch), hidden.dtype)

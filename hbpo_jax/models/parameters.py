@@ -35,6 +35,13 @@ class Parameter:
   init_value: float = 0.0
 
   @property
+  def n_inputs(self) -> int:
+    """How many trailing axes a matmul with it contracts; 0 for a vector."""
+    if len(self.hf_shape) == 1:
+      return 0
+    return 2 if self.path[-1] == "output" else 1  # The attention's output projection takes heads x head_size.
+
+  @property
   def stacked(self) -> bool:
     """Whether axis 0 counts layers."""
     return self.axes[0] == "layers"

@@ -29,6 +29,7 @@ class StepRecord:
   reasons: B * G * J verdict reasons.  score_BGJ: float [B, G, J], 0..1.
   rollouts: host copy.  reward_BGJ: [B, G, J].  advantage: of objective.advantage.compute.
   updates: metrics of each minibatch.  extra: further metrics of the step.  seconds: wall time by stage.
+  ledger: of the rollouts, `Ledger.metrics()`.
   """
   problems: Sequence[Problem]
   responses: Sequence[str]
@@ -40,6 +41,7 @@ class StepRecord:
   updates: Sequence[Mapping[str, Any]]
   extra: Mapping[str, Any]
   seconds: Mapping[str, float]
+  ledger: Mapping[str, float]
 
 
 class StepLog:
@@ -93,6 +95,7 @@ class StepLog:
       total = max(values) if name in _MAXIMA else sum(values)
       metrics[f"update/{name}"] = total if name in _MAXIMA + _TOTALS else total / len(values)
     metrics |= {f"sampler/{name}": float(value) for name, value in record.extra.items()}
+    metrics |= record.ledger
     metrics |= {f"time/{name}": value for name, value in record.seconds.items()}
     total_s = sum(record.seconds.values())
     metrics["time/step_s"] = total_s

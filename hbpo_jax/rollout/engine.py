@@ -1,105 +1,260 @@
-"""The sampler, jitted for one shape and placed on a mesh; what training and evaluation call."""
+"""The sampler for one shape on a mesh: what training and evaluation call.
 
-import dataclasses
-import functools
+Rollouts sit in a fixed number of slots, which decode in jitted segments. Between segments the host looks at one small
+array, replaces finished rollouts by waiting ones, and starts the next segment before anyone looks at the finished.
+"""
+
+from collections.abc import Iterator
+import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from hbpo_jax.models import sharding
+from hbpo_jax.config import RolloutConfig
+from hbpo_jax.models import sharding, slots
 from hbpo_jax.models.architecture import Architecture
-from hbpo_jax.rollout import sampler
+from hbpo_jax.models.publish import Publisher
+from hbpo_jax.rollout import buckets, schedule
+from hbpo_jax.rollout.ledger import Ledger
+from hbpo_jax.rollout.programs import Programs, Progress
 from hbpo_jax.rollout.sampling import Sampling
+from hbpo_jax.rollout.shape import Shape, make_layout, make_plan
 from hbpo_jax.structs import Prompts, Rollouts
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-  """The static shape of a batch of rollouts.
-
-  n_rollouts: J, responses per query and subgroup.
-  caps: [G], most counted tokens (n_gen) of a response.
-  n_prefix: [G], forced prefix tokens of each subgroup.
-  count_prefix: whether the prefix counts in n_gen and in the cap.
-  prefix_has_loss: whether the prefix tokens belong to the response (role 'action').
-  """
-  n_rollouts: int
-  caps: tuple[int, ...]
-  n_prefix: tuple[int, ...]
-  count_prefix: bool
-  prefix_has_loss: bool
-
-  def __post_init__(self):
-    if len(self.caps) != len(self.n_prefix):
-      raise ValueError(f"caps={self.caps!r} and n_prefix={self.n_prefix!r} differ in length; give one per subgroup.")
-    if self.count_prefix:
-      for cap, n_prefix in zip(self.caps, self.n_prefix):
-        if cap <= n_prefix:
-          raise ValueError(
-              f"a cap of {cap} tokens leaves no room after the budget sentence of {n_prefix} tokens; raise "
-              "rollout.caps (or reward.max_response_tokens), or shorten prompt.budget_sentence.")
-
-  @property
-  def widths(self) -> tuple[int, ...]:
-    """[G], slots of a response: the cap, plus the prefix where it is not counted."""
-    return tuple(cap if self.count_prefix else cap + n for cap, n in zip(self.caps, self.n_prefix))
-
-  def limits(self) -> sampler.Limits:
-    """The sampler's traced view of this shape."""
-    prefix = np.array(self.n_prefix, np.int32)
-    return sampler.Limits(
-        max_tokens_G=np.array(self.widths, np.int32),
-        counted_prefix_G=prefix * self.count_prefix,
-        context_prefix_G=prefix * (not self.prefix_has_loss),
-    )
-
-
 class Engine:
-  """Generates rollouts of one Shape; compiles once, on the first call.
+  """Generates rollouts of one Shape; compiles everything in `warm_up`, or on the first call.
 
-  The rows of a batch are spread over the mesh axes `data` and `fsdp`, attention heads over `tensor`.
+  Slots are spread over the mesh axes `data` and `fsdp`, attention heads over `tensor`.
   """
 
-  def __init__(self, arch: Architecture, mesh: Mesh, shape: Shape, sampling: Sampling, *, compute_dtype: Any):
-    self.shape = shape
-    self.mesh = mesh
-    self._sampling = sampling
-    self._compute_dtype = jnp.dtype(compute_dtype)
-    self._generate = jax.jit(
-        functools.partial(
-            sampler.generate, arch=arch, n_rollouts=shape.n_rollouts, widths=shape.widths,
-            compute_dtype=self._compute_dtype),
-        out_shardings=sharding.batch_sharding(mesh, 1))
-    self._publish = jax.jit(
-        lambda params: jax.tree.map(lambda w: w.astype(self._compute_dtype), params),
-        out_shardings=sharding.param_shardings(arch, mesh))
+  def __init__(
+      self, arch: Architecture, mesh: Mesh, shape: Shape, sampling: Sampling, *, compute_dtype: Any,
+      cfg: RolloutConfig = RolloutConfig()):
+    """Args:
+      cfg: slots, segment_steps, length_buckets, layers, gather_weights and the attention kernels are read.
+    Raises:
+      ValueError: when the sizes do not fit.
+    """
+    self.shape, self.mesh = shape, mesh
+    self.n_shards = mesh.size // mesh.shape["tensor"]
+    self.layout = make_layout(cfg, mesh, compute_dtype)
+    self.plan = make_plan(shape, self.n_shards, cfg, self.layout)
+    self._arch = arch
+    self._whole = sharding.replicated(mesh)
+    self._sampling = jax.device_put(sampling, self._whole)
+    self.publish = Publisher(arch, mesh, self.layout, gather=cfg.gather_weights)
+    self._programs: Programs | None = None
 
-  def publish(self, params: Any) -> Any:
-    """The sampler's copy of the weights: cast to the compute dtype once, not at every decoded token."""
-    if all(w.dtype == self._compute_dtype for w in jax.tree.leaves(params)):
-      return params
-    return self._publish(params)
+  def warm_up(self, progress: Progress = lambda done, total: None) -> Programs:
+    """Compiles every program that `generate` can need, the first time, and returns them.
 
-  def generate(self, params: Any, prompts: Prompts, key: jax.Array) -> Rollouts:
-    """Responses to the prompts of one step.
+    Args:
+      progress: called with (programs done, programs in all).
+    """
+    if self._programs is None:
+      self._programs = Programs(
+          self._arch, self.mesh, self.layout, self.shape, self.plan, params=self.publish.abstract(),
+          sampling=self._sampling, progress=progress)
+    return self._programs
+
+  def start(
+      self, params: Any, prompts: Prompts, key: jax.Array, *, stop_BGJ: np.ndarray | None = None) -> "Generation":
+    """Begins the rollouts of a step; the devices are at work when it returns.
 
     Args:
       params: from `publish`.
-      prompts: host arrays; B a multiple of the mesh's data * fsdp.
+      prompts: host arrays.
       key: typed random key of the step.
+      stop_BGJ: int [B, G, J], sampled tokens after which a response ends as if the last were EOS; to compare samplers
+        on equal lengths.
     Returns:
-      Rollouts on the devices, B sharded over data and fsdp. Does not block.
+      The Generation, to be iterated to its end.
+    Raises:
+      ValueError: when the prompts do not have the engine's shape.
     """
-    rows, same = sharding.batch_sharding(self.mesh, 1), sharding.replicated(self.mesh)
-    prompts = sharding.put(prompts, Prompts(
-        tokens_BP=rows, n_prompt_B=rows, prefix_GF=same, n_prefix_G=same, query_B=rows))
-    with jax.set_mesh(self.mesh):
-      return self._generate(params, prompts, self.shape.limits(), self._sampling, key)
+    shape = self.shape
+    n_queries, F = prompts.tokens_BP.shape[0], prompts.prefix_GF.shape[1]
+    if n_queries != shape.n_queries or max(shape.n_prefix) != F or tuple(prompts.n_prefix_G) != shape.n_prefix:
+      raise ValueError(
+          f"{n_queries} prompts with prefixes of {tuple(prompts.n_prefix_G)} tokens do not fit an engine for "
+          f"{shape.n_queries} with {shape.n_prefix}; make an engine of their shape.")
+    if (longest := int(prompts.n_prompt_B.max())) > shape.n_prompt_slots:
+      raise ValueError(f"a prompt has {longest} tokens, the engine {shape.n_prompt_slots} slots; raise n_prompt_slots.")
+    return Generation(self, self.warm_up(), params, prompts, jax.device_put(key, self._whole), stop_BGJ)
+
+  def generate(
+      self, params: Any, prompts: Prompts, key: jax.Array, *, stop_BGJ: np.ndarray | None = None) -> Rollouts:
+    """The rollouts of a step on the host, complete; see `start`."""
+    generation = self.start(params, prompts, key, stop_BGJ=stop_BGJ)
+    for _ in generation:
+      pass
+    return generation.rollouts
 
 
-def fetch(rollouts: Rollouts) -> Rollouts:
-  """The rollouts as NumPy arrays on the host; blocks until they are done."""
-  return jax.device_get(rollouts)
+class Generation:
+  """A step's rollouts in the making.
+
+  Iterate to drive it. Each turn yields the rollouts that a segment completed, as indices int [n, 3] (query, subgroup,
+  rollout) into `rollouts`, while the devices decode the next segment.
+
+  Attributes:
+    rollouts: NumPy arrays; a response is final once its index was yielded.
+    ledger: of the rollouts so far.
+  """
+
+  def __init__(self, engine: Engine, programs: Programs, params: Any, prompts: Prompts, key: jax.Array,
+               stop_BGJ: np.ndarray | None):
+    self._programs, self._params, self._prompts = programs, params, prompts
+    self._shape, self._plan, self._sampling = engine.shape, engine.plan, engine._sampling
+    self.ledger = Ledger()
+    work = schedule.largest_limit_first(
+        self._shape.sampled, self._shape.n_queries, self._shape.n_rollouts, stop_BGJ)
+    self._schedule = schedule.Schedule(
+        work, engine.n_shards, [n // engine.n_shards for n in self._plan.row_buckets])
+    self._n_shards = engine.n_shards
+    identity_3N = np.stack([prompts.query_B[work.query], work.subgroup, work.rollout]).astype(np.int32)
+    started = time.perf_counter()
+    self._key_2N = jax.device_get(programs.row_keys(key, identity_3N))
+    self._pool = self._prefill()
+    self._live, self._bucket = programs.new_live[self._n_rows](), 0
+    forced_logp_BGF = jax.device_get(self._pool.logp_BGF)
+    self.ledger.prefill_s = time.perf_counter() - started
+    self.rollouts = _empty(self._shape, prompts, forced_logp_BGF)
+    self._schedule.refill()
+    self._running = self._dispatch()
+
+  def __iter__(self) -> Iterator[np.ndarray]:
+    while self._running is not None:
+      waited_from = time.perf_counter()
+      packed = jax.device_get(self._running)
+      ready = time.perf_counter()
+      self.ledger.decode_s += ready - waited_from
+      finished = self._take(packed)
+      self._running = None if self._schedule.done else self._dispatch()
+      self.ledger.host_s += time.perf_counter() - ready
+      if self._running is None:
+        self._pool = self._params = self._live = None  # The memory is the learner's now.
+      if len(finished):
+        yield finished
+
+  @property
+  def _n_rows(self) -> int:
+    return len(self._schedule.item_R)
+
+  def _prefill(self) -> slots.Pool:
+    """The pool with every query's context; a query's bucket is that of its own length."""
+    prompts, plan = self._prompts, self._plan
+    temperature = np.maximum(np.float32(self._sampling.temperature), 0)
+    temperature = temperature if temperature > 0 else np.float32(1)
+    pool = self._programs.new_pool()
+    bucket_B = np.searchsorted(plan.prompt_buckets, prompts.n_prompt_B)
+    for i, p in enumerate(plan.prompt_buckets):
+      queries = np.flatnonzero(bucket_B == i)
+      for first in range(0, len(queries), plan.prefill_queries):
+        some = queries[first:first + plan.prefill_queries]
+        # A batch is filled up with queries beyond the last, which the pool drops.
+        where = np.full(plan.prefill_queries, len(bucket_B), np.int32)
+        where[:len(some)] = some
+        source = np.minimum(where, len(bucket_B) - 1)
+        tokens = _last_columns(np.asarray(prompts.tokens_BP)[source], p)
+        pool = self._programs.prefill[p](
+            self._params, pool, tokens, np.minimum(prompts.n_prompt_B[source], p).astype(np.int32), where,
+            np.asarray(prompts.prefix_GF, np.int32), np.asarray(prompts.n_prefix_G, np.int32), temperature)
+    return pool
+
+  def _dispatch(self) -> jax.Array:
+    """Starts the next segment, in the smallest length bucket that holds it; returns its packed result."""
+    plan, rows = self._plan, self._n_rows
+    wanted = buckets.smallest(plan.length_buckets, self._schedule.longest + plan.segment_steps)
+    while self._bucket != wanted:
+      towards = self._bucket + (1 if wanted > self._bucket else -1)
+      self._live = self._programs.resize[rows, self._bucket, towards](self._live)
+      self._bucket = towards
+    self._live, packed = self._programs.decode[rows, self._bucket](
+        self._params, self._pool, self._live, self._schedule.table(self._key_2N), self._sampling)
+    return packed
+
+  def _take(self, packed: np.ndarray) -> np.ndarray:
+    """Books a segment, stores its tokens, refills or compacts; int [n, 3], the rollouts that it completed."""
+    plan, sched = self._plan, self._schedule
+    s = plan.segment_steps
+    token_Rs, logp_Rs = packed[:, :s], packed[:, s:2 * s].view(np.float32)
+    n_new_R, ended_R = packed[:, -2], packed[:, -1] > 0
+    age_R, work = sched.age_R.copy(), sched.work
+    for slot in np.flatnonzero(sched.live_R):
+      item, n = sched.item_R[slot], n_new_R[slot]
+      g, first = work.subgroup[item], age_R[slot]
+      first += self._shape.n_prefix[g]
+      at = (work.query[item], work.rollout[item], slice(first, first + n))
+      self.rollouts.tokens[g][at] = token_Rs[slot, :n]
+      self.rollouts.logp_sampler[g][at] = logp_Rs[slot, :n]
+    complete = sched.advance(n_new_R, ended_R)
+    items = sched.item_R[complete]
+    index = np.stack([work.query[items], work.subgroup[items], work.rollout[items]], axis=1)
+    self._book(index, sched.age_R[complete], ended_R[complete])
+    sched.release(complete)
+    sched.refill()
+    if not sched.done and (local_SR := sched.shrink()) is not None:
+      self._compact(len(packed), local_SR)
+    return index
+
+  def _book(self, index: np.ndarray, n_sampled: np.ndarray, ended: np.ndarray) -> None:
+    """Enters the lengths of completed rollouts."""
+    shape, ledger, sched = self._shape, self.ledger, self._schedule
+    at = tuple(index.T)
+    n_prefix = np.asarray(shape.n_prefix)[index[:, 1]]
+    self.rollouts.n_tokens_BGJ[at] = n_sampled + n_prefix
+    self.rollouts.n_gen_BGJ[at] = n_sampled + n_prefix * shape.count_prefix
+    self.rollouts.truncated_BGJ[at] = ~ended
+    for (b, g, j), n, skip in zip(index, n_sampled + n_prefix, n_prefix * (not shape.prefix_has_loss), strict=True):
+      self.rollouts.completion_mask[g][b, j, skip:n] = True
+    ledger.useful += int(n_sampled[ended].sum())
+    ledger.truncated += int(n_sampled[~ended].sum())
+    ledger.slot_steps, ledger.overrun, ledger.idle = sched.slot_steps, sched.overrun, sched.idle
+    ledger.n_segments = sched.n_segments
+
+  def _compact(self, rows: int, local_SR: np.ndarray) -> None:
+    """Drops free rows on the devices, one row bucket at a time; the schedule has done so already."""
+    sizes = self._plan.row_buckets
+    position = sizes.index(rows)
+    while sizes[position] != self._n_rows:
+      per_shard = sizes[position + 1] // self._n_shards
+      # On the way the rows to keep are among the first; the last hop picks them.
+      last = sizes[position + 1] == self._n_rows
+      step_SR = local_SR if last else _fill(local_SR, sizes[position] // self._n_shards, per_shard)
+      self._live = self._programs.compact[sizes[position], self._bucket](self._live, step_SR)
+      if not last:
+        local_SR = np.stack([np.searchsorted(kept, rows) for kept, rows in zip(step_SR, local_SR)]).astype(np.int32)
+      position += 1
+
+
+def _fill(local_SR: np.ndarray, n_rows: int, n_kept: int) -> np.ndarray:
+  """int32 [shards, n_kept], the given rows and as many others as it takes, ascending."""
+  out = []
+  for rows in local_SR:
+    others = np.setdiff1d(np.arange(n_rows), rows)[:n_kept - len(rows)]
+    out.append(np.sort(np.concatenate([rows, others])))
+  return np.stack(out).astype(np.int32)
+
+
+def _last_columns(tokens_BP: np.ndarray, n_columns: int) -> np.ndarray:
+  """int32 [B, n_columns]: the last columns, filled up on the left where there are fewer."""
+  missing = max(0, n_columns - tokens_BP.shape[1])
+  return np.pad(tokens_BP[:, -n_columns:], ((0, 0), (missing, 0))).astype(np.int32)
+
+
+def _empty(shape: Shape, prompts: Prompts, forced_logp_BGF: np.ndarray) -> Rollouts:
+  """Rollouts that hold their forced prefixes only."""
+  B, J, G = shape.n_queries, shape.n_rollouts, len(shape.caps)
+  per_group = lambda dtype: tuple(np.zeros((B, J, width), dtype) for width in shape.widths)
+  rollouts = Rollouts(
+      tokens=per_group(np.int32), completion_mask=per_group(bool), logp_sampler=per_group(np.float32),
+      n_tokens_BGJ=np.zeros((B, G, J), np.int32), n_gen_BGJ=np.zeros((B, G, J), np.int32),
+      truncated_BGJ=np.zeros((B, G, J), bool))
+  for g, n in enumerate(shape.n_prefix):
+    rollouts.tokens[g][:, :, :n] = prompts.prefix_GF[g, :n]
+    rollouts.logp_sampler[g][:, :, :n] = forced_logp_BGF[:, g, None, :n]
+  return rollouts

@@ -232,13 +232,69 @@ def test_sampler_gap_by_hand():
   batch = tiny.make_batch()
   mask = batch.completion_mask_RC
   gap = learner.sampler_gap(batch.replace(logp_sampler_RC=np.where(mask, batch.logp_old_RC, np.nan)))
-  assert (float(gap["sampler_gap_mean"]), float(gap["sampler_gap_max"])) == (0.0, 0.0)
+  assert {name: float(value) for name, value in gap.items()} == {
+      "sampler_gap_mean": 0.0, "sampler_gap_max": 0.0, "sampler_kl": 0.0, "sampler_outside_clip": 0.0}
   moved = batch.logp_old_RC.copy()
   r, c = np.argwhere(mask)[3]
   moved[r, c] += 0.5
   gap = learner.sampler_gap(batch.replace(logp_sampler_RC=moved))
   assert float(gap["sampler_gap_max"]) == pytest.approx(0.5, rel=1e-5)
   assert float(gap["sampler_gap_mean"]) == pytest.approx(0.5 / mask.sum(), rel=1e-4)
+  # log(trainer / sampler) = -0.5 at one token; the sampler's distribution is the one the KL is taken over.
+  assert float(gap["sampler_kl"]) == pytest.approx((np.exp(-0.5) - 1 + 0.5) / mask.sum(), rel=1e-4)
+  assert float(gap["sampler_outside_clip"]) == pytest.approx(1 / mask.sum())
+
+
+@pytest.mark.parametrize("bounds", [{}, {"clip_low": 0.05, "clip_high": 0.4}])
+def test_sampler_outside_clip_takes_the_bounds_of_the_loss(bounds):
+  learner = tiny.make_learner(loss=bounds)
+  low, high = 1 - learner.cfg.loss.clip_low, 1 + learner.cfg.loss.clip_high
+  batch = tiny.make_batch()
+  mask = batch.completion_mask_RC
+  ratios = np.resize([low - 0.01, low + 0.01, 1.0, high - 0.01, high + 0.01], mask.shape)  # trainer / sampler
+  gap = learner.sampler_gap(batch.replace(logp_sampler_RC=np.where(mask, batch.logp_old_RC - np.log(ratios), np.nan)))
+  expected = ((ratios < low) | (ratios > high))[mask].mean()
+  assert 0.3 < expected < 0.5 and float(gap["sampler_outside_clip"]) == pytest.approx(expected)
+  assert float(gap["sampler_kl"]) == pytest.approx((ratios - 1 - np.log(ratios))[mask].mean(), rel=1e-4)
+
+
+def test_sampler_kl_estimates_the_kl_of_the_sampler_to_the_trainer():
+  """Tokens drawn from a known distribution: the mean is KL(sampler || trainer), not the other direction."""
+  sampler, trainer = np.array([0.9, 0.09, 0.01]), np.array([0.5, 0.3, 0.2])
+  tokens = np.random.default_rng(0).choice(3, size=(400, 50), p=sampler)
+  batch = Batch(None, None, None, np.ones(tokens.shape, bool), logp_old_RC=np.log(trainer)[tokens].astype(np.float32),
+                logp_sampler_RC=np.log(sampler)[tokens].astype(np.float32))
+  gap = learner_lib.sampler_gap(batch, tiny.make_cfg().loss)
+  forward, reverse = (np.sum(p * np.log(p / q)) for p, q in ((sampler, trainer), (trainer, sampler)))
+  assert abs(forward - reverse) > 0.1
+  assert float(gap["sampler_kl"]) == pytest.approx(forward, rel=0.03)
+
+
+def test_a_gap_beyond_all_measure_stays_finite():
+  batch = tiny.make_batch()
+  gap = tiny.make_learner().sampler_gap(batch.replace(logp_sampler_RC=batch.logp_old_RC - 200))
+  assert all(np.isfinite(float(value)) for value in gap.values()) and float(gap["sampler_outside_clip"]) == 1
+
+
+def test_the_importance_cap_truncates_through_a_whole_update(one):
+  """Weights min(pi_old / pi_sampler, 2), one per row here: the same update as that of advantages times the weight."""
+  learner, params, batch = one
+  ratio_R = np.resize([0.25, 1.0, 1.9, 2.5, 30.0], len(batch.advantage_R)).astype(np.float32)
+  old = np.asarray(learner.score(params, batch))
+  batch = batch.replace(logp_old_RC=old, logp_ref_RC=old, logp_sampler_RC=old)  # On policy: all weights 1, no KL.
+  weight_R = np.minimum(ratio_R, learner.cfg.loss.importance_cap)
+  update = lambda batch: learner.update(learner.new_state(jax.tree.map(jnp.copy, params)), batch)
+
+  state, metrics = update(batch.replace(logp_sampler_RC=old - np.log(ratio_R)[:, None]))
+  expected_state, expected = update(batch.replace(advantage_R=weight_R * batch.advantage_R))
+  _, unweighted = update(batch)
+  n_tokens_R = batch.completion_mask_RC.sum(axis=1)
+  assert float(metrics["importance_mean"]) == pytest.approx((weight_R * n_tokens_R).sum() / n_tokens_R.sum(), rel=1e-5)
+  for name in ("loss", "grad_norm"):
+    assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-4), name
+    assert float(metrics[name]) != pytest.approx(float(unweighted[name]), rel=0.01), name
+  # Adam divides by the root of tiny second moments, so equal gradients give only nearly equal first updates.
+  tiny.assert_trees_close(state.params, expected_state.params, rtol=0, atol=2.1e-3)
 
 
 def test_supervised_updates_learn_and_start_at_the_mean_cross_entropy():

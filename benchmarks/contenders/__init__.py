@@ -1,0 +1,1 @@
+"""Samplers that benchmarks/rollout.py compares, one worker process each: `python -m contenders.NAME`."""
