@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 from jax.sharding import Mesh
+import numpy as np
 import transformers
 
 from hbpo_jax import validation
@@ -13,6 +14,7 @@ from hbpo_jax.data.prompts import PromptBuilder
 from hbpo_jax.models import architecture, presets, sharding, weights
 from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.rollout import engine, sampling
+from hbpo_jax.rollout.shape import SLOTS_PER_SHARD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +97,13 @@ def evaluation_engine(cfg: Config, model: Model, n_queries: int) -> engine.Engin
       caps=(cfg.eval.max_new_tokens or cfg.reward.max_response_tokens,),
       n_prefix=tuple(int(n) for n in model.builder.prefix(cfg.eval.mode)[1]), count_prefix=True, prefix_has_loss=True)
   draws = sampling.make_sampling(cfg.eval.temperature, cfg.eval.top_p, cfg.eval.top_k, model.builder.eos_ids)
-  # The lists of buckets in the settings are for training's lengths.
-  rollout = dataclasses.replace(cfg.rollout, length_buckets=())
+  # The slots and the list of buckets in the settings are for training's lengths; longer responses get fewer slots, so
+  # that the cache is no larger.
+  n_shards = model.mesh.size // model.mesh.shape["tensor"]
+  slots = cfg.rollout.slots or SLOTS_PER_SHARD * n_shards
+  columns = shape.n_prompt_slots + np.array([max(cfg.caps), max(shape.caps)])
+  slots = max(n_shards, min(slots, slots * columns[0] // columns[1]))
+  rollout = dataclasses.replace(cfg.rollout, slots=int(slots), length_buckets=())
   return engine.Engine(model.arch, model.mesh, shape, draws, compute_dtype=cfg.model.compute_dtype, cfg=rollout)
 
 

@@ -235,6 +235,7 @@ def main(cfg: Config, workdir: str) -> None:
   Raises:
     SystemExit: 1 when something is wrong.
   """
+  assemble.keep_compiled_programs()
   model = assemble.open_model(cfg)
   problems, _ = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
   data = Pipeline(problems, model.builder, cfg)

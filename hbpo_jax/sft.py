@@ -35,6 +35,7 @@ _VOCAB_MULTIPLE = 64  # Embedding rows are rounded up to this, so that they divi
 def main(cfg: Config, workdir: str) -> None:
   """Trains cfg.sft.steps updates and exports."""
   root = pathlib.Path(workdir)
+  assemble.keep_compiled_programs()
   cfg = supervised_config(cfg)
   if cfg.sft.path:
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=cfg.sft.path))

@@ -1,6 +1,6 @@
 """From responses to verdicts, as training and evaluation ask for them: built-in grading or the user's function."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import os
 from typing import Any
@@ -46,7 +46,8 @@ class Judge:
 
   def begin(self, step: int) -> "StepJudge":
     """Grading of a training step whose responses come one by one."""
-    return StepJudge(StepGrading(self._grader, self._journal, step, thinking_opened=True), self._answer)
+    grading = StepGrading(self._grader, self._journal, step, thinking_opened=True)
+    return StepJudge(grading, self._answer, in_order=self._is_custom)
 
   def _answer(self, problem: Problem) -> Any:
     # The built-in grader wants the accepted answers, a user's function the whole problem.
@@ -60,13 +61,26 @@ class Judge:
 class StepJudge:
   """Verdicts on the responses of one step, graded while others are still being written."""
 
-  def __init__(self, grading: StepGrading, answer: Callable[[Problem], Any]):
-    self._grading, self._answer = grading, answer
+  def __init__(self, grading: StepGrading, answer: Callable[[Problem], Any], *, in_order: bool):
+    """Args:
+      grading: of the step.
+      answer: what a problem's responses are graded against.
+      in_order: whether responses wait for `collect`, to be graded in the order of their keys: a user's function must
+        not see which came first.
+    """
+    self._grading, self._answer, self._in_order = grading, answer, in_order
+    self._held: dict[Any, tuple[str, Any]] = {}
 
-  def submit(self, key: Hashable, response: str, problem: Problem) -> None:
+  def submit(self, key: tuple[int, ...], response: str, problem: Problem) -> None:
     """Starts grading a response that follows the opened `<think>`; each key once."""
-    self._grading.submit(key, response, self._answer(problem))
+    if self._in_order:
+      self._held[key] = response, self._answer(problem)
+    else:
+      self._grading.submit(key, response, self._answer(problem))
 
-  def collect(self) -> dict[Hashable, Verdict]:
+  def collect(self) -> dict[Any, Verdict]:
     """Waits for all verdicts, writes them to the journal and returns them by key."""
+    for key in sorted(self._held):
+      self._grading.submit(key, *self._held[key])
+    self._held = {}
     return self._grading.collect()

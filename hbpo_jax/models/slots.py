@@ -1,14 +1,15 @@
 """The decoder for slots: rows of different ages, each with a copy of a prefilled context and its own tokens.
 
-A row of the cache has P + F columns for its context (prompt and forced prefix), and then one column for each token that
-it sampled, by age. What it reads besides are the `newest` columns, of the running segment, into which all rows write at
-the same place; `merge` moves them into the cache when the segment is over. A row's tokens lie where its own age says,
-so no number it computes depends on when it started or on who sits beside it.
+A row of the cache has columns for its context (prompt and forced prefix, P + F, rounded up to whole segments), and then
+one column for each token that it sampled, by age. What it reads besides are the `newest` columns, of the running
+segment, into which all rows write at the same place; `merge` moves them into the cache when the segment is over. A
+row's tokens lie where its own age says, so no number it computes depends on when it started or on who sits beside it.
 
 Values are [.., R, K, S, E]. Keys are [.., R, K, E, S] for the attention kernel 'xla' and [.., R, K, S, E] for the
 others. The leading axis `..` is [L], or absent in a tuple of L arrays where the layers are unrolled.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 from hbpo_jax.models import attention, decoder
 from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.models.decoder import Cache
-from hbpo_jax.models.sharding import constrain
+from hbpo_jax.models.sharding import constrain, partition_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,11 @@ def new_cache(arch: Architecture, layout: Layout, n_rows: int, n_columns: int, r
 def n_columns(cache: Cache) -> int:
   """S, the columns of a cache."""
   return jax.tree.leaves(cache.v)[0].shape[-2]
+
+
+def context_columns(n_prompt_slots: int, n_prefix_slots: int, n_steps: int) -> int:
+  """The columns of a row before its own tokens: P + F, rounded up to whole segments of n_steps."""
+  return -(-(n_prompt_slots + n_prefix_slots) // n_steps) * n_steps
 
 
 def cache_axes(ndim: int, rows: str = "batch") -> tuple[str, ...]:
@@ -185,19 +191,32 @@ def seat(
     cache: Cache, pool: Pool, query_R: jax.Array, subgroup_R: jax.Array, new_R: jax.Array, layout: Layout) -> Cache:
   """The cache with the contexts of the rows `new_R` (bool [R]) in their first P + F columns."""
   row_R = query_R * pool.n_prefix_G.shape[0] + subgroup_R
+  take = functools.partial(jnp.take, axis=0, mode="clip")  # The default mode checks every index.
 
-  def one(array, prompt, prefix, axis):
-    take = functools.partial(jnp.take, axis=-4, mode="clip")  # The default mode checks every index.
-    context = jnp.concatenate([take(prompt, query_R), take(prefix, row_R)], axis=axis)
-    context = constrain(context, *cache_axes(context.ndim))
-    there = jax.lax.slice_in_dim(array, 0, context.shape[axis], axis=axis)
-    return jax.lax.dynamic_update_slice_in_dim(
-        array, jnp.where(new_R[:, None, None, None], context, there), 0, axis=axis % array.ndim)
+  def one(array, prompt, prefix, columns_last, index):
+    context = jnp.concatenate([take(prompt, query_R), take(prefix, row_R)], axis=3 if columns_last else 2)
+    context = constrain(context, *cache_axes(4))
+    if index is not None:
+      context = context[None]
+    start = [*([] if index is None else [index]), 0, 0, 0, 0]
+    is_new = new_R.reshape(-1, 1, 1, 1)
+    there = jax.lax.dynamic_slice(array, start, context.shape)
+    return jax.lax.dynamic_update_slice(array, jnp.where(is_new, context, there), start)
 
-  key_axis = -1 if layout.keys_last else -2
-  return Cache(
-      jax.tree.map(functools.partial(one, axis=key_axis), cache.k, pool.prompt.k, pool.prefix.k),
-      jax.tree.map(functools.partial(one, axis=-2), cache.v, pool.prompt.v, pool.prefix.v))
+  def one_layer(cache, prompt, prefix, index=None):
+    return Cache(
+        one(cache.k, prompt.k, prefix.k, layout.keys_last, index), one(cache.v, prompt.v, prefix.v, False, index))
+
+  if layout.unrolled:
+    layers = [one_layer(Cache(*arrays[:2]), Cache(*arrays[2:4]), Cache(*arrays[4:])) for arrays in zip(
+        cache.k, cache.v, pool.prompt.k, pool.prompt.v, pool.prefix.k, pool.prefix.v, strict=True)]
+    return Cache(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers))
+
+  def body(index, cache):  # Layer by layer, because the contexts of all rows in all layers may be gigabytes.
+    pick = lambda tree: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), tree)
+    return one_layer(cache, pick(pool.prompt), pick(pool.prefix), index)
+
+  return jax.lax.fori_loop(0, pool.prompt.v.shape[0], body, cache)
 
 
 @struct.dataclass
@@ -205,7 +224,7 @@ class Seen:
   """Which columns of the cache a row sees: its context, and its own tokens so far.
 
   first_R, context_R: int32 [R]; context columns first <= c < context are real.
-  age_R: int32 [R], its tokens, from column `start` on.
+  age_R: int32 [R], its tokens, whole segments of them, from column `start` on.
   """
   first_R: jax.Array
   context_R: jax.Array
@@ -281,16 +300,42 @@ def merge(cache: Cache, newest: Cache, seen: Seen, layout: Layout) -> Cache:
 
   Rows in which nothing sits get some too, in columns that their next rollout does not see before it has written them.
   """
-  def one(array, new, columns_last):
-    axis = array.ndim - (1 if columns_last else 2) - 1  # Of the columns, in one row's array.
-    put = lambda row, new_row, column: jax.lax.dynamic_update_slice_in_dim(row, new_row, column, axis)
-    rows = array.ndim - 4
-    merged = jax.vmap(put, in_axes=(rows, rows, 0), out_axes=rows)(array, new, seen.start + seen.age_R)
-    return constrain(merged, *cache_axes(array.ndim))
+  n_lead, n_steps = 0 if layout.unrolled else 1, n_columns(newest)
 
-  return Cache(
-      jax.tree.map(functools.partial(one, columns_last=layout.keys_last), cache.k, newest.k),
-      jax.tree.map(functools.partial(one, columns_last=False), cache.v, newest.v))
+  def on_shard(cache, newest, age_R):
+    # One slice after the other, in place: as a scatter, a TPU would hold the cache three times. In blocks of a segment,
+    # because a slice that might begin anywhere makes it copy the cache into another layout first.
+    def put(row, age, array, new, columns_last):
+      axis = n_lead + (3 if columns_last else 2)
+      blocks = array.reshape(*array.shape[:axis], -1, n_steps, *array.shape[axis + 1:])
+      new = jnp.expand_dims(jax.lax.dynamic_slice_in_dim(new, row, 1, axis=n_lead), axis)
+      start = [0] * blocks.ndim
+      start[n_lead], start[axis] = row, (seen.start + age) // n_steps
+      return jax.lax.dynamic_update_slice(blocks, new, start).reshape(array.shape)
+
+    def body(row, cache):
+      put_row = functools.partial(put, row, age_R[row])
+      return Cache(
+          jax.tree.map(functools.partial(put_row, columns_last=layout.keys_last), cache.k, newest.k),
+          jax.tree.map(functools.partial(put_row, columns_last=False), cache.v, newest.v))
+
+    if layout.unrolled:
+      return jax.lax.fori_loop(0, age_R.shape[0], body, cache)
+    for row in range(age_R.shape[0]):  # libtpu 0.0.42 does not compile the loop.
+      cache = body(row, cache)
+    return cache
+
+  return on_row_shards(on_shard, cache, newest, seen.age_R)
+
+
+def on_row_shards(function: Callable, *trees: Any) -> Any:
+  """`function` of caches ([.., R, K, ..]) and row vectors ([R]) on each shard's own rows; it returns like its first."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return function(*trees)
+  spec = lambda x: partition_spec(cache_axes(x.ndim) if x.ndim > 1 else ("batch",), x.shape, mesh)
+  specs = jax.tree.map(spec, trees)
+  return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*trees)
 
 
 def resize(cache: Cache, size: int, layout: Layout) -> Cache:

@@ -143,6 +143,18 @@ class Console:
     names = (tag.split("/")[0] for tag in self._metrics if tag.startswith("budget_"))
     return list(dict.fromkeys(names))
 
+  def _ledger(self) -> list[rich.text.Text]:
+    """Where the step's decoding went, as shares of its slot-steps, and its seconds; nothing without a ledger."""
+    total = float(self._metrics.get("rollout/slot_steps", 0.0))
+    if not total:
+      return []
+    text = rich.text.Text("  ")
+    for name in ("useful", "truncated", "overrun", "idle"):
+      text.append(f"{name} ", style="dim").append(f"{self._metrics[f'rollout/{name}'] / total:.0%}").append("   ")
+    for stage in ("prefill", "decode", "host"):
+      text.append(f"{stage} ", style="dim").append(self._value(f"time/rollout_{stage}_s", "{:.2f} s")).append("   ")
+    return [text]
+
   def _line(self) -> str:
     parts = [
         f"step {self._done}/{self._total}",
@@ -150,6 +162,7 @@ class Console:
         f"accuracy {self._value('accuracy', '{:.1%}')}",
         f"tokens {self._value('mean_tokens', '{:,.1f}')}",
         f"{self._value('tokens_per_s', '{:,.0f}')} tokens/s",
+        f"slots {self._value('rollout/utilisation', '{:.0%}')}",
     ]
     if budgets := self._budgets():
       panels = (f"{b.removeprefix('budget_')}:{self._value(f'{b}/tokens_mean', '{:,.1f}')}" for b in budgets)
@@ -170,7 +183,7 @@ class Console:
         ("reward", "reward", "{:.3f}"), ("accuracy", "accuracy", "{:.1%}"), ("tokens", "mean_tokens", "{:,.1f}"),
         ("truncated", "truncated", "{:.1%}"), ("tokens/s", "tokens_per_s", "{:,.0f}")):
       numbers.append(f"{name} ", style="dim").append(self._value(tag, form), style="bold").append("   ")
-    parts: list[Any] = [bar, numbers]
+    parts: list[Any] = [bar, numbers, *self._ledger()]
     if budgets := self._budgets():
       table = rich.table.Table(box=None, padding=(0, 1), header_style="dim")
       table.add_column("budget", justify="right")

@@ -44,7 +44,7 @@ class Engine:
     self.plan = make_plan(shape, self.n_shards, cfg, self.layout)
     self._arch = arch
     self._whole = sharding.replicated(mesh)
-    self._sampling = jax.device_put(sampling, self._whole)
+    self.sampling = jax.device_put(sampling, self._whole)
     self.publish = Publisher(arch, mesh, self.layout, gather=cfg.gather_weights)
     self._programs: Programs | None = None
 
@@ -57,7 +57,7 @@ class Engine:
     if self._programs is None:
       self._programs = Programs(
           self._arch, self.mesh, self.layout, self.shape, self.plan, params=self.publish.abstract(),
-          sampling=self._sampling, progress=progress)
+          sampling=self.sampling, progress=progress)
     return self._programs
 
   def start(
@@ -83,7 +83,7 @@ class Engine:
           f"{shape.n_queries} with {shape.n_prefix}; make an engine of their shape.")
     if (longest := int(prompts.n_prompt_B.max())) > shape.n_prompt_slots:
       raise ValueError(f"a prompt has {longest} tokens, the engine {shape.n_prompt_slots} slots; raise n_prompt_slots.")
-    return Generation(self, self.warm_up(), params, prompts, jax.device_put(key, self._whole), stop_BGJ)
+    return Generation(self, params, prompts, jax.device_put(key, self._whole), stop_BGJ)
 
   def generate(
       self, params: Any, prompts: Prompts, key: jax.Array, *, stop_BGJ: np.ndarray | None = None) -> Rollouts:
@@ -105,40 +105,48 @@ class Generation:
     ledger: of the rollouts so far.
   """
 
-  def __init__(self, engine: Engine, programs: Programs, params: Any, prompts: Prompts, key: jax.Array,
-               stop_BGJ: np.ndarray | None):
-    self._programs, self._params, self._prompts = programs, params, prompts
-    self._shape, self._plan, self._sampling = engine.shape, engine.plan, engine._sampling
+  def __init__(self, engine: Engine, params: Any, prompts: Prompts, key: jax.Array, stop_BGJ: np.ndarray | None):
+    """Prefills, and starts the first segment."""
+    shape = engine.shape
+    self._engine, self._programs, self._params, self._prompts = engine, engine.warm_up(), params, prompts
     self.ledger = Ledger()
-    work = schedule.largest_limit_first(
-        self._shape.sampled, self._shape.n_queries, self._shape.n_rollouts, stop_BGJ)
+    work = schedule.largest_limit_first(shape.sampled, shape.n_queries, shape.n_rollouts, stop_BGJ)
     self._schedule = schedule.Schedule(
-        work, engine.n_shards, [n // engine.n_shards for n in self._plan.row_buckets])
-    self._n_shards = engine.n_shards
+        work, engine.n_shards, [n // engine.n_shards for n in engine.plan.row_buckets])
     identity_3N = np.stack([prompts.query_B[work.query], work.subgroup, work.rollout]).astype(np.int32)
     started = time.perf_counter()
-    self._key_2N = jax.device_get(programs.row_keys(key, identity_3N))
+    self._key_2N = jax.device_get(self._programs.row_keys(key, identity_3N))
     self._pool = self._prefill()
-    self._live, self._bucket = programs.new_live[self._n_rows](), 0
+    self._live, self._bucket = self._programs.new_live[self._n_rows](), 0
     forced_logp_BGF = jax.device_get(self._pool.logp_BGF)
-    self.ledger.prefill_s = time.perf_counter() - started
-    self.rollouts = _empty(self._shape, prompts, forced_logp_BGF)
+    self._since = time.perf_counter()
+    self.ledger.prefill_s = self._since - started
+    self.rollouts = _empty(shape, prompts, forced_logp_BGF)
     self._schedule.refill()
-    self._running = self._dispatch()
+    self._running: jax.Array | None = self._dispatch()
+    self._lap("host_s")
 
   def __iter__(self) -> Iterator[np.ndarray]:
     while self._running is not None:
-      waited_from = time.perf_counter()
       packed = jax.device_get(self._running)
-      ready = time.perf_counter()
-      self.ledger.decode_s += ready - waited_from
-      finished = self._take(packed)
+      self._lap("decode_s")
+      # First the next segment, then what this one brought.
+      item_R, age_R = self._schedule.item_R.copy(), self._schedule.age_R.copy()
+      complete = self._advance(packed)
       self._running = None if self._schedule.done else self._dispatch()
-      self.ledger.host_s += time.perf_counter() - ready
+      self._lap("host_s")
       if self._running is None:
         self._pool = self._params = self._live = None  # The memory is the learner's now.
+      self._store(packed, item_R, age_R)
+      finished = self._book(packed, item_R, age_R, complete)
       if len(finished):
         yield finished
+
+  def _lap(self, name: str) -> None:
+    """Adds the time since the last lap to a field of the ledger."""
+    now = time.perf_counter()
+    setattr(self.ledger, name, getattr(self.ledger, name) + now - self._since)
+    self._since = now
 
   @property
   def _n_rows(self) -> int:
@@ -146,8 +154,8 @@ class Generation:
 
   def _prefill(self) -> slots.Pool:
     """The pool with every query's context; a query's bucket is that of its own length."""
-    prompts, plan = self._prompts, self._plan
-    temperature = np.maximum(np.float32(self._sampling.temperature), 0)
+    prompts, plan = self._prompts, self._engine.plan
+    temperature = np.float32(self._engine.sampling.temperature)
     temperature = temperature if temperature > 0 else np.float32(1)
     pool = self._programs.new_pool()
     bucket_B = np.searchsorted(plan.prompt_buckets, prompts.n_prompt_B)
@@ -167,45 +175,48 @@ class Generation:
 
   def _dispatch(self) -> jax.Array:
     """Starts the next segment, in the smallest length bucket that holds it; returns its packed result."""
-    plan, rows = self._plan, self._n_rows
+    plan, rows = self._engine.plan, self._n_rows
     wanted = buckets.smallest(plan.length_buckets, self._schedule.longest + plan.segment_steps)
     while self._bucket != wanted:
       towards = self._bucket + (1 if wanted > self._bucket else -1)
       self._live = self._programs.resize[rows, self._bucket, towards](self._live)
       self._bucket = towards
     self._live, packed = self._programs.decode[rows, self._bucket](
-        self._params, self._pool, self._live, self._schedule.table(self._key_2N), self._sampling)
+        self._params, self._pool, self._live, self._schedule.table(self._key_2N), self._engine.sampling)
     return packed
 
-  def _take(self, packed: np.ndarray) -> np.ndarray:
-    """Books a segment, stores its tokens, refills or compacts; int [n, 3], the rollouts that it completed."""
-    plan, sched = self._plan, self._schedule
-    s = plan.segment_steps
-    token_Rs, logp_Rs = packed[:, :s], packed[:, s:2 * s].view(np.float32)
-    n_new_R, ended_R = packed[:, -2], packed[:, -1] > 0
-    age_R, work = sched.age_R.copy(), sched.work
-    for slot in np.flatnonzero(sched.live_R):
-      item, n = sched.item_R[slot], n_new_R[slot]
-      g, first = work.subgroup[item], age_R[slot]
-      first += self._shape.n_prefix[g]
+  def _advance(self, packed: np.ndarray) -> np.ndarray:
+    """Moves the schedule past a segment, and compacts the rows in its tail; int [n], slots that completed."""
+    sched = self._schedule
+    complete = sched.advance(packed[:, -2], packed[:, -1] > 0)
+    sched.release(complete)
+    sched.refill()
+    rows = self._n_rows
+    while not sched.done and (local_SR := sched.shrink()) is not None:
+      self._live = self._programs.compact[rows, self._bucket](self._live, local_SR)
+      rows = self._n_rows
+    return complete
+
+  def _store(self, packed: np.ndarray, item_R: np.ndarray, age_R: np.ndarray) -> None:
+    """Enters a segment's tokens; the rows as they were while it ran."""
+    s, work, n_prefix_G = self._engine.plan.segment_steps, self._schedule.work, self._engine.shape.n_prefix
+    token_Rs, logp_Rs, n_new_R = packed[:, :s], packed[:, s:2 * s].view(np.float32), packed[:, -2]
+    for slot in np.flatnonzero(item_R != schedule.FREE):
+      item, n = item_R[slot], n_new_R[slot]
+      g = work.subgroup[item]
+      first = age_R[slot] + n_prefix_G[g]
       at = (work.query[item], work.rollout[item], slice(first, first + n))
       self.rollouts.tokens[g][at] = token_Rs[slot, :n]
       self.rollouts.logp_sampler[g][at] = logp_Rs[slot, :n]
-    complete = sched.advance(n_new_R, ended_R)
-    items = sched.item_R[complete]
-    index = np.stack([work.query[items], work.subgroup[items], work.rollout[items]], axis=1)
-    self._book(index, sched.age_R[complete], ended_R[complete])
-    sched.release(complete)
-    sched.refill()
-    if not sched.done and (local_SR := sched.shrink()) is not None:
-      self._compact(len(packed), local_SR)
-    return index
 
-  def _book(self, index: np.ndarray, n_sampled: np.ndarray, ended: np.ndarray) -> None:
-    """Enters the lengths of completed rollouts."""
-    shape, ledger, sched = self._shape, self.ledger, self._schedule
-    at = tuple(index.T)
+  def _book(self, packed: np.ndarray, item_R: np.ndarray, age_R: np.ndarray, complete: np.ndarray) -> np.ndarray:
+    """Enters the lengths of completed rollouts, and the ledger; int [n, 3], which rollouts they are."""
+    shape, ledger, sched = self._engine.shape, self.ledger, self._schedule
+    items, ended = item_R[complete], packed[complete, -1] > 0
+    n_sampled = age_R[complete] + packed[complete, -2]
+    index = np.stack([sched.work.query[items], sched.work.subgroup[items], sched.work.rollout[items]], axis=1)
     n_prefix = np.asarray(shape.n_prefix)[index[:, 1]]
+    at = tuple(index.T)
     self.rollouts.n_tokens_BGJ[at] = n_sampled + n_prefix
     self.rollouts.n_gen_BGJ[at] = n_sampled + n_prefix * shape.count_prefix
     self.rollouts.truncated_BGJ[at] = ~ended
@@ -215,29 +226,7 @@ class Generation:
     ledger.truncated += int(n_sampled[~ended].sum())
     ledger.slot_steps, ledger.overrun, ledger.idle = sched.slot_steps, sched.overrun, sched.idle
     ledger.n_segments = sched.n_segments
-
-  def _compact(self, rows: int, local_SR: np.ndarray) -> None:
-    """Drops free rows on the devices, one row bucket at a time; the schedule has done so already."""
-    sizes = self._plan.row_buckets
-    position = sizes.index(rows)
-    while sizes[position] != self._n_rows:
-      per_shard = sizes[position + 1] // self._n_shards
-      # On the way the rows to keep are among the first; the last hop picks them.
-      last = sizes[position + 1] == self._n_rows
-      step_SR = local_SR if last else _fill(local_SR, sizes[position] // self._n_shards, per_shard)
-      self._live = self._programs.compact[sizes[position], self._bucket](self._live, step_SR)
-      if not last:
-        local_SR = np.stack([np.searchsorted(kept, rows) for kept, rows in zip(step_SR, local_SR)]).astype(np.int32)
-      position += 1
-
-
-def _fill(local_SR: np.ndarray, n_rows: int, n_kept: int) -> np.ndarray:
-  """int32 [shards, n_kept], the given rows and as many others as it takes, ascending."""
-  out = []
-  for rows in local_SR:
-    others = np.setdiff1d(np.arange(n_rows), rows)[:n_kept - len(rows)]
-    out.append(np.sort(np.concatenate([rows, others])))
-  return np.stack(out).astype(np.int32)
+    return index
 
 
 def _last_columns(tokens_BP: np.ndarray, n_columns: int) -> np.ndarray:

@@ -10,8 +10,9 @@ class Ledger:
   slot_steps = useful + truncated + overrun + idle.
   useful: tokens of finished responses.  truncated: tokens of responses that hit their limit, which earn nothing.
   overrun: a finished row waited for the segment's end.  idle: nothing sat in the row.
-  n_segments: transfers to the host.  prefill_s, decode_s: the host waited for the devices.  host_s: the devices waited
-    for the host.
+  n_segments: transfers to the host.
+  prefill_s; decode_s: from the start of a segment to its result, with what the host did meanwhile; host_s: from a
+    result to the next segment's start, while the devices wait.
   """
   slot_steps: int = 0
   useful: int = 0

@@ -47,7 +47,7 @@ class Programs:
     spec = lambda shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
     n_shards = mesh.size // mesh.shape["tensor"]
     lengths, n_prefixes, n_prefix_slots = plan.length_buckets, len(shape.n_prefix), max(shape.n_prefix)
-    n_context = shape.n_prompt_slots + n_prefix_slots
+    n_context = slots.context_columns(shape.n_prompt_slots, n_prefix_slots, plan.segment_steps)
 
     def new_live(rows, i=0):
       cache = slots.new_cache(arch, layout, rows, n_context + lengths[i])
@@ -114,8 +114,7 @@ class Programs:
 
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
       running = {threads.submit(lower(*job).compile): name for name, job in jobs.items()}
-      compiled = {}
-      for future in concurrent.futures.as_completed(running):
-        compiled[running[future]] = future.result()
-        progress(len(compiled), len(jobs))
-    return compiled
+      for n_done, future in enumerate(concurrent.futures.as_completed(running), 1):
+        future.result()
+        progress(n_done, len(jobs))
+    return {name: future.result() for future, name in running.items()}

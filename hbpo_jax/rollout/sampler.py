@@ -26,7 +26,7 @@ NEVER = 2**30  # A STOP that no response reaches.
 class Live:
   """What stays on the devices between segments. Donated to each and returned.
 
-  cache: of `slots`; its columns are P + F and a length bucket.
+  cache: of `slots`; its columns are those of a context and a length bucket.
   hidden_RD: compute dtype [R, D], predicts each row's next token.
   """
   cache: Cache
@@ -65,7 +65,7 @@ def decode(
   Args:
     params: of the sampler, as the layout says.
     live: consumed.
-    table_8R: int32 [8, R] by QUERY (index into the pool), SUBGROUP, AGE (tokens sampled before),
+    table_8R: int32 [8, R] by QUERY (index into the pool), SUBGROUP, AGE (tokens sampled before, a multiple of n_steps),
       LIMIT (most tokens to sample), STOP (a response of this many sampled tokens ends as if the last were EOS), ALIVE
       (0 = nothing sits here), KEY_0 and KEY_1 (of `row_keys`). At age 0 a row takes up its context.
   Returns:
@@ -79,7 +79,9 @@ def decode(
   cache = slots.seat(live.cache, pool, query_R, subgroup_R, age_R == 0, layout)
   n_prompt_R, n_prefix_R = pool.n_prompt_B[query_R], pool.n_prefix_G[subgroup_R]
   first_hidden_RD = pool.hidden_XD[query_R * pool.n_prefix_G.shape[0] + subgroup_R]
-  seen = slots.Seen(P - n_prompt_R, P + n_prefix_R, age_R, start=P + F)
+  # An empty row sees no context, so that nothing is read for it.
+  context_R = jnp.where(alive_R, P + n_prefix_R, 0)
+  seen = slots.Seen(P - n_prompt_R, context_R, age_R, start=slots.context_columns(P, F, n_steps))
   hidden_RD = constrain(jnp.where(age_R[:, None] == 0, first_hidden_RD, live.hidden_RD), "batch", "none")
   key_R = jax.random.wrap_key_data(jax.lax.bitcast_convert_type(jnp.stack(key_data, axis=1), jnp.uint32))
   # A token's number in its response counts the forced prefix.

@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 
-from hbpo_jax.rollout import buckets, sampler
+from hbpo_jax.rollout import sampler
 
 FREE = -1
 
@@ -65,7 +65,8 @@ class Schedule:
     self.work = work
     self._next = 0
     self._n_shards, self._buckets = n_shards, tuple(row_buckets)
-    n_rows = n_shards * self._bucket(-(-len(work) // n_shards))
+    wanted = -(-len(work) // n_shards)
+    n_rows = n_shards * min((n for n in self._buckets if n >= wanted), default=self._buckets[0])
     self.item_R = np.full(n_rows, FREE)
     self.age_R = np.zeros(n_rows, np.int64)
     self.n_segments = self.slot_steps = self.decided = self.overrun = self.idle = 0
@@ -104,16 +105,14 @@ class Schedule:
       n_live_S[shard] += 1
 
   def shrink(self) -> np.ndarray | None:
-    """Moves to the smallest bucket that holds the live rows, once the queue is empty.
+    """Moves to the next smaller bucket, once the queue is empty, if that holds the live rows; call it again.
 
     Returns:
       int32 [shards, rows to keep], indices within each shard; None where nothing changes.
     """
-    if self.n_waiting:
-      return None
     live_SR = self.live_R.reshape(self._n_shards, -1)
-    n_kept = self._bucket(int(live_SR.sum(axis=1).max()))
-    if n_kept == live_SR.shape[1]:
+    n_kept = max((n for n in self._buckets if n < live_SR.shape[1]), default=0)
+    if self.n_waiting or int(live_SR.sum(axis=1).max()) > n_kept:
       return None
     # A stable order keeps the live rows first and as they were.
     local_SR = np.sort(np.argsort(~live_SR, axis=1, kind="stable")[:, :n_kept], axis=1)
@@ -155,7 +154,3 @@ class Schedule:
   def release(self, slots: np.ndarray) -> None:
     """Frees the slots."""
     self.item_R[slots] = FREE
-
-  def _bucket(self, n_rows: int) -> int:
-    ascending = self._buckets[::-1]
-    return ascending[buckets.smallest(ascending, min(max(n_rows, 1), ascending[-1]))]

@@ -73,7 +73,7 @@ class Plan:
   prefill_queries: int
 
 
-_SLOTS_PER_SHARD = 64
+SLOTS_PER_SHARD = 64
 _PREFILL_PER_SHARD = 4
 
 
@@ -84,11 +84,13 @@ def make_plan(shape: Shape, n_shards: int, cfg: RolloutConfig, layout: slots.Lay
     ValueError: when the settings do not fit the shape or each other.
   """
   longest = max(shape.sampled)
-  per_shard = -(-min(cfg.slots or _SLOTS_PER_SHARD * n_shards, shape.n_responses) // n_shards)
+  per_shard = -(-min(cfg.slots or SLOTS_PER_SHARD * n_shards, shape.n_responses) // n_shards)
   steps = cfg.segment_steps or buckets.segment_steps(longest)
-  # A kernel that reads only what is seen needs no shorter cache.
+  # A kernel that reads only what is seen needs no shorter cache. And as it reads nothing for an empty row, a step of
+  # the tail costs its weights, which fewer rows do not make cheaper.
+  ragged = layout.decode_kernel != "xla"
   default = buckets.length_buckets(longest, steps)
-  lengths = cfg.length_buckets or (default if layout.decode_kernel == "xla" else default[-1:])
+  lengths = cfg.length_buckets or (default[-1:] if ragged else default)
   if bad := [size for size in lengths if size % steps]:
     raise ValueError(
         f"config.rollout.length_buckets={lengths!r} holds {bad[0]}, which is not a multiple of segment_steps={steps}; "
@@ -98,7 +100,7 @@ def make_plan(shape: Shape, n_shards: int, cfg: RolloutConfig, layout: slots.Lay
         f"config.rollout.length_buckets={lengths!r} ends below the longest response of {longest} sampled tokens; "
         f"end it at {-(-longest // steps) * steps} or more.")
   return Plan(
-      row_buckets=tuple(n * n_shards for n in buckets.row_buckets(per_shard)),
+      row_buckets=tuple(n * n_shards for n in ((per_shard,) if ragged else buckets.row_buckets(per_shard))),
       length_buckets=lengths,
       prompt_buckets=buckets.prompt_buckets(shape.n_prompt_slots),
       segment_steps=steps,

@@ -2,7 +2,7 @@
 
 Needs libtpu (684 MB), which the tests' environment does not have:
 
-    python3 -m venv /tmp/tpu && /tmp/tpu/bin/pip install "jax[tpu]==0.10.2" flax ml_collections numpy pytest
+    python3 -m venv /tmp/tpu && /tmp/tpu/bin/pip install "jax[tpu]==0.10.2" chex flax ml_collections pytest
     /tmp/tpu/bin/python -m pytest -m slow tests/models/test_kernels_tpu.py
 
 The compiler runs in another process, whose environment says what TPU to imagine: 8 chips of v5e.

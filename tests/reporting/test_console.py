@@ -1,6 +1,7 @@
 """The plain log, the live view, and text that must not steer the terminal."""
 
 import io
+import re
 
 import pytest
 
@@ -10,7 +11,9 @@ from hbpo_jax.reporting import console, tables, text
 METRICS = {
     "reward": 3.1239, "accuracy": 0.8125, "mean_tokens": 312.46, "tokens_per_s": 1234.5, "truncated": 0.1,
     "budget_512/tokens_mean": 300.04, "budget_512/accuracy": 0.75, "budget_1024/tokens_mean": 1400.0,
-    "budget_1024/intra": -0.5, "budget_1024/sentence_probability": 1.5e-9,
+    "rollout/utilisation": 0.9, "rollout/slot_steps": 1000.0, "rollout/useful": 850.0, "rollout/truncated": 50.0,
+    "rollout/overrun": 30.0, "rollout/idle": 70.0, "time/rollout_prefill_s": 0.5, "time/rollout_decode_s": 12.25,
+    "time/rollout_host_s": 0.125, "budget_1024/intra": -0.5, "budget_1024/sentence_probability": 1.5e-9,
 }
 HOSTILE = "a\x1b[2J\x1b]0;title\x07[bold red]b[/] [/nothing] \u202ec\x9bd\rz\ud800 \u2028:smile:"
 
@@ -47,9 +50,9 @@ def test_one_plain_line_per_step():
     view.step(10, METRICS)
     view.step(11, {"reward": 1.0})
   assert out.getvalue().splitlines() == [
-      "step 11/200  reward 3.124  accuracy 81.2%  tokens 312.5  1,234 tokens/s  tokens by budget 512:300.0 1024:1,400.0"
-      "  left 3:09:00",
-      "step 12/200  reward 1.000  accuracy -  tokens -  - tokens/s  left 0:06:16",  # 188 steps of 2 s.
+      "step 11/200  reward 3.124  accuracy 81.2%  tokens 312.5  1,234 tokens/s  slots 90%  tokens by budget 512:300.0 "
+      "1024:1,400.0  left 3:09:00",
+      "step 12/200  reward 1.000  accuracy -  tokens -  - tokens/s  slots -  left 0:06:16",  # 188 steps of 2 s.
   ]
 
 
@@ -104,6 +107,8 @@ def test_live_view_shows_the_numbers(terminal):
   view_text = terminal.getvalue()
   for number in ("step 1/200", "left 3:19:00", "3.124", "81.2%", "312.5", "1,234", "1,400.0", "-0.500", "1.5e-09"):
     assert number in view_text, number
+  plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", view_text)
+  assert "useful 85%   truncated 5%   overrun 3%   idle 7%   prefill 0.50 s   decode 12.25 s   host 0.12 s" in plain
   assert "between" in view_text
   assert view_text.count("\x1b[?25l") == view_text.count("\x1b[?25h") == 1  # The cursor is hidden, then back.
 

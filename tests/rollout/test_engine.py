@@ -1,6 +1,7 @@
 """The engine: what it returns, what it must not depend on, and its agreement with the plain sampler and the trainer."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 from hbpo_jax import structs
-from hbpo_jax.models import decoder
-from hbpo_jax.rollout import schedule, shape
+from hbpo_jax.models import decoder, kernels, slots
+from hbpo_jax.rollout import engine, schedule, shape
 from tests.rollout.tiny import (
   ARCH,
   CAPS,
@@ -174,6 +175,24 @@ def test_other_row_counts_and_segments_keep_nearly_every_token(run, changes):
   np.testing.assert_allclose(rows(got.logp_sampler)[same], rows(rollouts.logp_sampler)[same], atol=1e-5)
 
 
+@pytest.mark.parametrize("prefill,decode,unrolled", [
+    ("splash", "pallas_tpu", False), ("xla", "pallas_tpu", True), ("xla", "pallas_gpu", False)])
+def test_the_kernels_of_other_platforms_make_the_same(run, monkeypatch, prefill, decode, unrolled):
+  """In interpretation, with everything around them: layouts, stacks, columns seen, one bucket of rows and lengths."""
+  _, _, prompts, rollouts = run
+  for name in ("decode_parts", "attend_splash"):
+    monkeypatch.setattr(kernels, name, functools.partial(getattr(kernels, name), interpret=True))
+  layout = slots.Layout(unrolled, prefill, decode, jnp.dtype("float32"))
+  monkeypatch.setattr(engine, "make_layout", lambda *_: layout)
+  mesh = make_mesh()
+  ragged = make_engine(mesh, cfg=dataclasses.replace(CFG, length_buckets=()))
+  assert ragged.plan.row_buckets == (16,) and len(ragged.plan.length_buckets) == 1
+  got = ragged.generate(ragged.publish(make_params(mesh)), prompts, KEY)
+  same = (rows(got.tokens) == rows(rollouts.tokens)).all(axis=1)
+  assert same.mean() >= 0.95
+  np.testing.assert_allclose(rows(got.logp_sampler)[same], rows(rollouts.logp_sampler)[same], atol=1e-5)
+
+
 def test_padding_ids_of_the_prompt_do_not_matter(run):
   eng, params, prompts, rollouts = run
   padding = np.arange(P) < P - prompts.n_prompt_B[:, None]
@@ -231,14 +250,16 @@ def test_imposed_stops_end_responses(run):
 def test_generation_yields_each_rollout_once_and_complete(run):
   eng, params, prompts, expected = run
   generation = eng.start(params, prompts, KEY)
-  seen = []
+  seen, decoding = [], []
   for index in generation:
+    decoding.append(generation._running is not None)
     for b, g, j in index:
       n = generation.rollouts.n_tokens_BGJ[b, g, j]
       np.testing.assert_array_equal(generation.rollouts.tokens[g][b, j, :n], expected.tokens[g][b, j, :n])
       seen.append((b, g, j))
   assert sorted(seen) == list(np.ndindex(B, 2, J))
   assert len(seen) == len(set(seen))
+  assert len(decoding) > 3 and decoding == [True] * (len(decoding) - 1) + [False], "the next segment runs meanwhile"
 
 
 def test_the_ledger_adds_up(run):
@@ -320,5 +341,5 @@ def test_plan_defaults_cover_the_paper():
   assert plan.segment_steps == 64
   assert plan.length_buckets == (128, 256, 512, 1024, 2048, 4096)
   ragged = shape.make_plan(asked, 8, cfg, dataclasses.replace(layout, decode_kernel="pallas_tpu"))
-  assert ragged.length_buckets == (4096,)
+  assert ragged.length_buckets == (4096,) and ragged.row_buckets == (512,)
   assert plan.prompt_buckets == (128, 256, 512, 1024) and plan.prefill_queries == 32

@@ -38,7 +38,7 @@ def test_the_sampler_compiles_for_v5e():
   assert done.returncode == 0, done.stderr[-4000:]
   reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
   decode = [r for r in reports if r["kind"] == "decode"]
-  assert [r["sizes"] for r in decode] == [[512, 0], [256, 0], [128, 0], [64, 0]], "one length bucket: the kernel is ragged"
+  assert [r["sizes"] for r in decode] == [[512, 0]], "the kernel is ragged: one number of rows, one length"
   assert len([r for r in reports if r["kind"] == "prefill"]) == 4
   for report in reports:
     if report["kind"] in ("decode", "prefill"):
@@ -46,7 +46,7 @@ def test_the_sampler_compiles_for_v5e():
       # Decoding neither fetches weights nor exchanges caches: rows are independent.
       if report["kind"] == "decode":
         assert report["gathered_bytes"] < 1e6
-        assert report["temporary_bytes"] < report["argument_bytes"] / 4
+        assert report["temporary_bytes"] < report["argument_bytes"] / 20, "the cache is never copied"
 
 
 def main():
