@@ -14,6 +14,7 @@ rounded to `compute_dtype` at use, so params that were cast beforehand give the 
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from flax import nnx, struct
@@ -84,8 +85,12 @@ class Layer(nnx.Module):
 
   def _linear(self, x: jax.Array, inputs: str, weight: nnx.Param, outputs: str, dtype: jnp.dtype) -> jax.Array:
     """float32 [..., outputs] of x [..., inputs]; axes are named by a letter each."""
-    axes = inputs + outputs if self.inputs_first else outputs + inputs
-    return _matmul(f"...{inputs},{axes}->...{outputs}", x, weight[...], dtype)
+    if not self.inputs_first:
+      return _matmul(f"...{inputs},{outputs}{inputs}->...{outputs}", x, weight[...], dtype)
+    # As one plain matmul: of several contracted axes, XLA on CPU would transpose the weight at every use.
+    w, lead = weight[...], x.shape[:x.ndim - len(inputs)]
+    out = _matmul("...i,io->...o", x.reshape(*lead, -1), w.reshape(-1, math.prod(w.shape[len(inputs):])), dtype)
+    return out.reshape(*lead, *w.shape[len(inputs):])
 
 
 class Decoder(nnx.Module):

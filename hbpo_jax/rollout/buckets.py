@@ -6,7 +6,7 @@ _SHORTEST_LENGTH = 64
 _LENGTHS = 5  # Most doublings between the first length bucket and the longest response.
 _SHORTEST_PROMPT = 32
 _PROMPTS = 3
-_ROWS = 3  # Halvings of the rows as the queue's tail runs out.
+_ROWS = 4  # Halvings of the rows as the queue's tail runs out.
 
 
 def segment_steps(longest: int) -> int:
@@ -42,7 +42,7 @@ def prompt_buckets(longest: int) -> tuple[int, ...]:
 
 
 def row_buckets(n_rows: int) -> tuple[int, ...]:
-  """The rows and three halvings of them, descending."""
+  """The rows and four halvings of them, descending."""
   sizes = [n_rows]
   while len(sizes) <= _ROWS and sizes[-1] > 1:
     sizes.append(-(-sizes[-1] // 2))

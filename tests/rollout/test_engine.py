@@ -337,7 +337,7 @@ def test_plan_defaults_cover_the_paper():
   cfg = dataclasses.replace(CFG, slots=0, segment_steps=0, length_buckets=())
   layout = shape.make_layout(cfg, make_mesh(), "bfloat16")
   plan = shape.make_plan(asked, 8, cfg, layout)
-  assert plan.row_buckets == (512, 256, 128, 64)
+  assert plan.row_buckets == (512, 256, 128, 64, 32)
   assert plan.segment_steps == 64
   assert plan.length_buckets == (128, 256, 512, 1024, 2048, 4096)
   ragged = shape.make_plan(asked, 8, cfg, dataclasses.replace(layout, decode_kernel="pallas_tpu"))
