@@ -72,10 +72,10 @@ lint: $(VENV)/.test  ## ruff and pyright.
 	$(BIN)/ruff check .
 	$(BIN)/pyright hbpo_jax
 
-bench: $(VENV)/.runtime  ## Every script in benchmarks/; each prints one JSON line.
+bench: $(VENV)/.test  ## Every script in benchmarks/ (ARGS=--quick: minutes); JSON lines on stdout.
 	@found=0; for script in benchmarks/*.py; do \
-	  test -e $$script || continue; found=1; echo "$$script"; $(BIN)/python $$script || exit 1; \
-	done; test $$found = 1 || echo "benchmarks/ holds no script yet"
+	  test -e $$script || continue; found=1; echo "$$script"; $(BIN)/python $$script $(ARGS) || exit 1; \
+	done; test $$found = 1
 
 clean:  ## Remove .venv and caches; runs stay.
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
