@@ -84,7 +84,7 @@ class RolloutConfig:
       0, "Tokens decoded between two looks of the host; 0 means a 64th of the longest response, 8 to 64.")
   length_buckets: tuple[int, ...] = setting(
       (), "Sampled tokens up to which attention may stop reading, ascending; () means powers of two.")
-  layers: str = setting("auto", "The sampler's layers: stacked (compiles fast), unrolled (one program text), or auto.")
+  layers: str = setting("auto", "The sampler's layers: stacked (a loop), unrolled, or auto (unrolled except on TPU).")
   prefill_kernel: str = setting("auto", "Attention over prompts: auto, xla, splash (TPU) or cudnn (GPU).")
   decode_kernel: str = setting("auto", "Attention of a decoded token: auto, xla, pallas_tpu or pallas_gpu.")
   gather_weights: bool = setting(
