@@ -8,45 +8,27 @@ Needs libtpu (684 MB), which the tests' environment does not have:
 The compiler runs in another process, whose environment says what TPU to imagine: 8 chips of v5e.
 """
 
-import importlib.util
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 import time
 
 import pytest
 
-REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "PYTHONPATH": str(REPO_ROOT),
-}
+from tests import tpu
+
 N_LAYERS = 4
 CASES = (
     "splash, E 64", "splash, E 128", "splash, E 64, mask", "splash, E 128, mask", "splash, E 64, gradient",
     "splash, E 128, gradient, float32", "decode, E 64", "decode, E 128", "decode, E 128, float32",
     "decode, two by four", "layers, E 64", "layers, E 128")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="needs libtpu, TPU's compiler; the docstring says how to install it"),
-]
+pytestmark = tpu.marks
 
 
 @pytest.fixture(scope="module")
 def compiled():
   """Case -> its report."""
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | ENVIRONMENT
-  done = subprocess.run(
-      [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900, check=False)
-  assert done.returncode == 0, done.stderr[-4000:]
-  reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-  return {report["case"]: report for report in reports}
+  return {report["case"]: report for report in tpu.reports(__file__, timeout=900)}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,36 +7,16 @@ program; with --whole all 28 layers of the 1.5B model, for which two cores need 
 """
 
 import argparse
-import importlib.util
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
-import pytest
+from tests import tpu
 
-REPO_ROOT = pathlib.Path(__file__).resolve().parents[2]
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "PYTHONPATH": str(REPO_ROOT),
-}
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="needs libtpu, TPU's compiler; tests/models/test_kernels_tpu.py says how to install it"),
-]
+pytestmark = tpu.marks
 
 
 def test_the_sampler_compiles_for_v5e():
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | ENVIRONMENT
-  done = subprocess.run(
-      [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=1500, check=False)
-  assert done.returncode == 0, done.stderr[-4000:]
-  reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+  reports = tpu.reports(__file__, timeout=1500)
   decode = [r for r in reports if r["kind"] == "decode"]
   assert [r["sizes"] for r in decode] == [[512, 0]], "the kernel is ragged: one number of rows, one length"
   assert len([r for r in reports if r["kind"] == "prefill"]) == 4
