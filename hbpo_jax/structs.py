@@ -52,6 +52,10 @@ class Rollouts:
   n_gen_BGJ: Array
   truncated_BGJ: Array
 
+  def response(self, b: int, g: int, j: int) -> Array:
+    """int32 [n], the real tokens of one response; of rollouts on the host."""
+    return self.tokens[g][b, j, :self.n_tokens_BGJ[b, g, j]]
+
 
 @struct.dataclass
 class Batch:

@@ -94,30 +94,18 @@ class PromptBuilder:
     """Token ids of the prompt of one problem; no token is added to what the template writes (no second BOS)."""
     return self._encode_plain(self.render(problem))
 
-  def prefix(self, what: str | int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+  def prefix(self, what: str | int | Sequence[str | int]) -> tuple[np.ndarray, np.ndarray]:
     """The forced opening that follows `<think>`, one row per subgroup.
 
     Args:
-      what: budgets, one subgroup each (training), or one evaluation mode, which is one subgroup: 'natural' (nothing),
-        'efficiency', or a budget as a number or a string of digits.
+      what: one mode or several, a subgroup each: 'natural' (nothing), 'efficiency', or a budget as a number or a
+        string of digits.
     Returns:
-      (prefix_GF int32 [G, F] right-padded with 0, n_prefix_G int32 [G]); F is 0 for 'natural'.
+      (prefix_GF int32 [G, F] right-padded with 0, n_prefix_G int32 [G]); F is 0 for 'natural' alone.
     Raises:
-      ValueError: when the mode does not exist, or there is no budget.
+      ValueError: when a mode does not exist, or there is none.
     """
-    if isinstance(what, str) and what.isdecimal():
-      what = int(what)
-    match what:
-      case "natural":
-        rows = [[]]
-      case "efficiency":
-        rows = [self._encode_plain(self._cfg.efficiency_sentence)]
-      case str():
-        raise ValueError(f"eval.mode={what!r} does not exist; choose natural, efficiency, or a budget such as 512.")
-      case int():
-        rows = [self.budget_tokens(what)]
-      case _:
-        rows = [self.budget_tokens(b) for b in what]
+    rows = [self._opening(mode) for mode in ([what] if isinstance(what, str | int) else what)]
     if not rows:
       raise ValueError("rollout.budgets=() is empty; give at least one budget.")
     n_prefix_G = np.array([len(r) for r in rows], np.int32)
@@ -125,6 +113,15 @@ class PromptBuilder:
     for g, row in enumerate(rows):
       prefix_GF[g, :len(row)] = row
     return prefix_GF, n_prefix_G
+
+  def _opening(self, mode: str | int) -> list[int]:
+    if mode == NATURAL:
+      return []
+    if mode == EFFICIENCY:
+      return self._encode_plain(self._cfg.efficiency_sentence)
+    if isinstance(mode, str) and not mode.isdecimal():
+      raise ValueError(f"eval.mode={mode!r} does not exist; choose natural, efficiency, or a budget such as 512.")
+    return self.budget_tokens(int(mode))
 
   def budget_tokens(self, budget: int) -> list[int]:
     """Token ids of the budget sentence of one budget."""
@@ -144,6 +141,22 @@ class PromptBuilder:
     while ids and ids[-1] in self.eos_ids:
       ids.pop()
     return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+  def n_thinking(self, tokens: Sequence[int] | np.ndarray) -> int:
+    """Tokens of a response up to and including its first `</think>`; all of them where it is never closed.
+
+    Args:
+      tokens: real tokens of one response, int [n], padding cut off.
+    """
+    if THINK_CLOSE not in self.decode(tokens):
+      return len(tokens)
+    # The tag may be one token or several, and its last one may bring more text; the first prefix that holds it is
+    # found by halving, for a longer prefix holds it, too.
+    low, high = 0, len(tokens)
+    while high - low > 1:
+      middle = (low + high) // 2
+      low, high = (low, middle) if THINK_CLOSE in self.decode(tokens[:middle]) else (middle, high)
+    return high
 
   def batch(
       self, problem_tokens: Sequence[Sequence[int]], prefix: tuple[np.ndarray, np.ndarray], max_prompt_tokens: int, *,

@@ -61,7 +61,8 @@ class Engine:
     return self._programs
 
   def start(
-      self, params: Any, prompts: Prompts, key: jax.Array, *, stop_BGJ: np.ndarray | None = None) -> "Generation":
+      self, params: Any, prompts: Prompts, key: jax.Array, *, stop_BGJ: np.ndarray | None = None,
+      wanted_BGJ: np.ndarray | None = None, limit_BG: np.ndarray | None = None) -> "Generation":
     """Begins the rollouts of a step; the devices are at work when it returns.
 
     Args:
@@ -70,10 +71,13 @@ class Engine:
       key: typed random key of the step.
       stop_BGJ: int [B, G, J], sampled tokens after which a response ends as if the last were EOS; to compare samplers
         on equal lengths.
+      wanted_BGJ: bool [B, G, J], False = leave this rollout out: its entries stay those of an empty response. None
+        means all.
+      limit_BG: int [B, G], lower limits on the sampled tokens of single queries, at least 1; None means none.
     Returns:
       The Generation, to be iterated to its end.
     Raises:
-      ValueError: when the prompts do not have the engine's shape.
+      ValueError: when the prompts do not have the engine's shape, or no rollout is wanted.
     """
     shape = self.shape
     n_queries, F = prompts.tokens_BP.shape[0], prompts.prefix_GF.shape[1]
@@ -83,12 +87,15 @@ class Engine:
           f"{shape.n_queries} with {shape.n_prefix}; make an engine of their shape.")
     if (longest := int(prompts.n_prompt_B.max())) > shape.n_prompt_slots:
       raise ValueError(f"a prompt has {longest} tokens, the engine {shape.n_prompt_slots} slots; raise n_prompt_slots.")
-    return Generation(self, params, prompts, jax.device_put(key, self._whole), stop_BGJ)
+    work = schedule.largest_limit_first(
+        shape.sampled, n_queries, shape.n_rollouts, stop_BGJ=stop_BGJ, wanted_BGJ=wanted_BGJ, limit_BG=limit_BG)
+    if not len(work):
+      raise ValueError("wanted_BGJ leaves no rollout; skip the call.")
+    return Generation(self, params, prompts, jax.device_put(key, self._whole), work)
 
-  def generate(
-      self, params: Any, prompts: Prompts, key: jax.Array, *, stop_BGJ: np.ndarray | None = None) -> Rollouts:
-    """The rollouts of a step on the host, complete; see `start`."""
-    generation = self.start(params, prompts, key, stop_BGJ=stop_BGJ)
+  def generate(self, params: Any, prompts: Prompts, key: jax.Array, **options: np.ndarray | None) -> Rollouts:
+    """The rollouts of a step on the host, complete; see `start`, also for the options."""
+    generation = self.start(params, prompts, key, **options)
     for _ in generation:
       pass
     return generation.rollouts
@@ -105,15 +112,16 @@ class Generation:
     ledger: of the rollouts so far.
   """
 
-  def __init__(self, engine: Engine, params: Any, prompts: Prompts, key: jax.Array, stop_BGJ: np.ndarray | None):
+  def __init__(self, engine: Engine, params: Any, prompts: Prompts, key: jax.Array, work: schedule.Work):
     """Prefills, and starts the first segment."""
     shape = engine.shape
     self._engine, self._programs, self._params, self._prompts = engine, engine.warm_up(), params, prompts
     self.ledger = Ledger()
-    work = schedule.largest_limit_first(shape.sampled, shape.n_queries, shape.n_rollouts, stop_BGJ)
     self._schedule = schedule.Schedule(
         work, engine.n_shards, [n // engine.n_shards for n in engine.plan.row_buckets])
-    identity_3N = np.stack([prompts.query_B[work.query], work.subgroup, work.rollout]).astype(np.int32)
+    # One program whatever is wanted.
+    identity_3N = np.zeros((3, shape.n_responses), np.int32)
+    identity_3N[:, :len(work)] = prompts.query_B[work.query], work.subgroup, work.rollout
     started = time.perf_counter()
     self._key_2N = jax.device_get(self._programs.row_keys(key, identity_3N))
     self._pool = self._prefill()
@@ -159,8 +167,9 @@ class Generation:
     temperature = temperature if temperature > 0 else np.float32(1)
     pool = self._programs.new_pool()
     bucket_B = np.searchsorted(plan.prompt_buckets, prompts.n_prompt_B)
+    wanted = np.unique(self._schedule.work.query)
     for i, p in enumerate(plan.prompt_buckets):
-      queries = np.flatnonzero(bucket_B == i)
+      queries = wanted[bucket_B[wanted] == i]
       for first in range(0, len(queries), plan.prefill_queries):
         some = queries[first:first + plan.prefill_queries]
         # A batch is filled up with queries beyond the last, which the pool drops.

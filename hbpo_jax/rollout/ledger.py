@@ -24,6 +24,11 @@ class Ledger:
   decode_s: float = 0.0
   host_s: float = 0.0
 
+  def add(self, other: "Ledger") -> None:
+    """Adds the entries of another."""
+    for field in dataclasses.fields(self):
+      setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
   @property
   def utilisation(self) -> float:
     """Share of the slot-steps that decided a token."""

@@ -28,19 +28,29 @@ class Work:
     return len(self.query)
 
 
-def largest_limit_first(limit_G: Sequence[int], n_queries: int, n_rollouts: int, stop_BGJ: np.ndarray | None) -> Work:
+def largest_limit_first(
+    limit_G: Sequence[int], n_queries: int, n_rollouts: int, *, stop_BGJ: np.ndarray | None = None,
+    wanted_BGJ: np.ndarray | None = None, limit_BG: np.ndarray | None = None) -> Work:
   """Every rollout of a step; subgroups that may run longest come first, and of these the later (larger budgets).
 
   Args:
     limit_G: most sampled tokens of each subgroup.
     stop_BGJ: imposed lengths, or None.
+    wanted_BGJ: bool, False = leave this rollout out; None means all are wanted.
+    limit_BG: lower limits of single queries, at least 1, or None.
   """
   G = len(limit_G)
   order_G = sorted(range(G), key=lambda g: (limit_G[g], g), reverse=True)
   subgroup, query, rollout = (
       x.reshape(-1) for x in np.meshgrid(order_G, np.arange(n_queries), np.arange(n_rollouts), indexing="ij"))
+  if wanted_BGJ is not None:
+    kept = np.flatnonzero(wanted_BGJ[query, subgroup, rollout])
+    subgroup, query, rollout = subgroup[kept], query[kept], rollout[kept]
   stop = np.full(len(query), sampler.NEVER) if stop_BGJ is None else np.asarray(stop_BGJ)[query, subgroup, rollout]
-  columns = (query, subgroup, rollout, np.asarray(limit_G)[subgroup], stop)
+  limit = np.asarray(limit_G)[subgroup]
+  if limit_BG is not None:
+    limit = np.minimum(limit, limit_BG[query, subgroup])
+  columns = (query, subgroup, rollout, limit, stop)
   return Work(*(x.astype(np.int32) for x in columns))
 
 

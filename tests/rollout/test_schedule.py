@@ -9,7 +9,7 @@ from hbpo_jax.rollout import buckets, schedule
 
 
 def make_work(limits=(3, 5), n_queries=2, n_rollouts=2):
-  return schedule.largest_limit_first(limits, n_queries, n_rollouts, None)
+  return schedule.largest_limit_first(limits, n_queries, n_rollouts)
 
 
 def test_the_largest_limit_comes_first_and_then_the_larger_budget():
@@ -17,6 +17,15 @@ def test_the_largest_limit_comes_first_and_then_the_larger_budget():
   assert work.subgroup.tolist() == [2] * 4 + [1] * 4 + [0] * 4
   assert work.limit.tolist() == [5] * 8 + [3] * 4
   assert list(zip(work.query[:4].tolist(), work.rollout[:4].tolist())) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_work_may_leave_rollouts_out_and_limit_single_queries():
+  wanted = np.zeros((2, 2, 2), bool)
+  wanted[1, 0, 1] = wanted[0, 1, 0] = wanted[1, 1, 1] = True
+  work = schedule.largest_limit_first(
+      (3, 5), 2, 2, wanted_BGJ=wanted, limit_BG=np.array([[9, 9], [2, 4]]), stop_BGJ=np.arange(8).reshape(2, 2, 2))
+  found = zip(*(x.tolist() for x in (work.query, work.subgroup, work.rollout, work.limit, work.stop)))
+  assert list(found) == [(0, 1, 0, 5, 2), (1, 1, 1, 4, 7), (1, 0, 1, 2, 5)]
 
 
 def test_refill_seats_the_emptiest_shard_first():
