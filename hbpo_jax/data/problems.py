@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hbpo_jax.config import DataConfig, SyntheticConfig
+from hbpo_jax.data import choices as choices_lib
 from hbpo_jax.data import synthetic
 from hbpo_jax.data.record import Problem
 
@@ -95,8 +96,10 @@ def split_eval(problems: list[Problem], n_eval: int, seed: int) -> tuple[list[Pr
 def load_jsonl(path: str | pathlib.Path) -> list[Problem]:
   """The problems of a JSON Lines file, one object a line; empty lines are skipped.
 
-  Fields: `id`, `problem`, `answer`, `source` (texts); optional `level` (integer) and `answers` (list of accepted
-  forms); everything else is kept in `Problem.extra`.
+  Fields: `id`, `problem`, `answer`, `source` (texts); optional `level` (integer), `answers` (list of accepted forms)
+  and `choices` (list of texts); everything else is kept in `Problem.extra`. With `choices`, the problem's text gets
+  them under letters and the answer is a letter. `answer` is either that letter, and the choices keep their order, or
+  the text of the right choice, and they are put in an order that only depends on the id and the texts.
 
   Raises:
     ValueError: naming file, line and remedy, when the file cannot be read, holds no problem, or a line is no JSON
@@ -220,4 +223,24 @@ def _from_object(row: dict[str, Any], where: str) -> Problem:
   if row["answer"] not in answers:
     answers = [row["answer"], *answers]
   extra = {k: v for k, v in row.items() if k not in _KNOWN}
+  if "choices" in row:
+    return _from_choices(row, level, answers, extra, where)
   return Problem(row["id"], row["problem"], row["answer"], row["source"], level, tuple(answers), extra or None)
+
+
+def _from_choices(row: dict[str, Any], level: int | None, answers: list[str], extra: dict[str, Any],
+                  where: str) -> Problem:
+  shown = row["choices"]
+  if not isinstance(shown, list) or not all(isinstance(text, str) for text in shown):
+    raise ValueError(f"{where}: choices={shown!r} must be a list of texts; correct or remove it.")
+  try:
+    right, is_letter = choices_lib.right_choice(row["answer"].strip(), shown)
+    shown, text = [choice.strip() for choice in shown], shown[right].strip()
+    if not is_letter:
+      shown = choices_lib.order(row["id"], shown)
+    made = choices_lib.lettered(row["problem"], shown, shown.index(text))
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
+  more = [a for a in answers if a != row["answer"] and a not in made.answers]
+  return Problem(
+      row["id"], made.problem, made.answer, row["source"], level, (*made.answers, *more), extra | {"choices": shown})

@@ -6,6 +6,7 @@ use, and the downloads are tested against a local server only. `HF_ENDPOINT` cho
 
 from typing import Any, ClassVar
 
+from hbpo_jax.data import choices
 from hbpo_jax.data.tfds_builders.base import HubProblems
 
 
@@ -63,6 +64,38 @@ class Aime25(HubProblems):
 
   def convert(self, row: dict[str, Any], index: int) -> dict[str, Any]:
     return {"id": f"aime25/{row['id']}", "problem": row["problem"], "answer": _integer(row["answer"])}
+
+
+class Amc(HubProblems):
+  """AMC 12 of 2022 and 2023: the 83 problems with a number as answer."""
+
+  REPO: ClassVar[str] = "AI-MO/aimo-validation-amc"
+  FILES: ClassVar[dict[str, str]] = {"test": "data/train-00000-of-00001.parquet"}
+
+  def convert(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {"id": f"amc/{row['id']}", "problem": row["problem"], "answer": _text(row["answer"])}
+
+
+class Minerva(HubProblems):
+  """Minerva: 272 problems of undergraduate mathematics and science."""
+
+  REPO: ClassVar[str] = "math-ai/minervamath"
+  FILES: ClassVar[dict[str, str]] = {"test": "test.jsonl"}
+
+  def convert(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {"id": f"minerva/{index}", "problem": row["question"], "answer": _text(row["answer"])}
+
+
+class GpqaDiamond(HubProblems):
+  """GPQA-Diamond: 198 multiple-choice questions; its authors ask not to publish any of them."""
+
+  REPO: ClassVar[str] = "Idavidrein/gpqa"
+  FILES: ClassVar[dict[str, str]] = {"test": "gpqa_diamond.csv"}
+  GATED: ClassVar[bool] = True
+
+  def convert(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+    made = choices.from_gpqa(row, f"{self.FILES['test']}, row {index + 1}")
+    return {"id": made.id, "problem": made.problem, "answer": made.answer, "answers": list(made.answers)}
 
 
 def _text(answer: Any) -> str:
