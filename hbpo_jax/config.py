@@ -11,6 +11,10 @@ from typing import Any
 
 from ml_collections import config_dict
 
+# The kinds of settings that hold several values: type of an item, and words for an error.
+TUPLES: dict[Any, tuple[type, str]] = {
+    tuple[int, ...]: (int, "integers, such as (512, 1024)"), tuple[str, ...]: (str, "texts, such as ('a', 'b')")}
+
 
 def setting(default: Any, help: str) -> Any:
   """A dataclass field with a default and the sentence that documents it."""
@@ -184,15 +188,54 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AlarmConfig:
+  """When a run raises an alarm. All values are running means over logged rows."""
+  window: int = setting(10, "Logged rows in the running means that alarms look at.")
+  reference: int = setting(20, "First logged rows, whose mean is the start that a run is compared with.")
+  margin: float = setting(0.1, "Relative distance that a value has to come back from its limit to end an alarm.")
+  length_spread: float = setting(
+      0.3, "Alarm when the spread of lengths within a query falls below this share of its start; 0 turns it off.")
+  sentence_drop: float = setting(
+      4.0, "Alarm when log P(any budget sentence) falls this many nats below its highest; 0 turns it off.")
+  solved: float = setting(
+      0.95, "Accuracy above which little spread or entropy is no alarm: nothing is left to explore; 1: it always is.")
+  entropy_low: float = setting(0.2, "Alarm when the entropy falls below this share of its start; 0 turns it off.")
+  entropy_high: float = setting(3.0, "Alarm when the entropy exceeds its start by this factor; 0 turns it off.")
+  clip_share: float = setting(0.3, "Alarm when more than this share of tokens is clipped; 0 turns it off.")
+  truncated: float = setting(0.25, "Alarm when more than this share of responses is truncated; 0 turns it off.")
+  timeouts: float = setting(0.01, "Alarm when more than this share of gradings times out; 0 turns it off.")
+  zero_variance: float = setting(
+      0.9, "Alarm when more than this share of queries earns the same reward throughout; 0 turns it off.")
+  nonfinite: bool = setting(True, "Whether an update with a non-finite loss or gradient raises an alarm.")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """The evaluations before and after training (Section 4)."""
+  """Evaluations: those of training (before, in between, after), and the command `evaluate` (Section 4)."""
   temperature: float = setting(0.6, "Sampling temperature (Section 4).")
   top_p: float = setting(0.95, "Nucleus mass (Section 4).")
   top_k: int = setting(0, "Keep the k likeliest tokens; 0 turns it off.")
-  samples_per_problem: int = setting(1, "Responses per problem.")
+  samples_per_problem: int = setting(1, "Responses per problem and mode.")
   batch_queries: int = setting(64, "Problems per batch.")
   max_new_tokens: int = setting(0, "Longest response; 0 means reward.max_response_tokens.")
-  mode: str = setting("natural", "natural, efficiency, or a budget number.")
+  max_context: int = setting(
+      32768, "evaluate: most tokens of prompt and response together; the model's own limit, where that is less.")
+  mode: str = setting("natural", "Training's evaluations: natural, efficiency, or a budget number.")
+  modes: tuple[str, ...] = setting(
+      ("natural",), "evaluate: natural, efficiency, budget numbers, or 'budgets' for each of rollout.budgets.")
+  benchmarks: tuple[str, ...] = setting(
+      (), "evaluate: names such as gsm8k,math500,olympiadbench,aime25, 'synthetic', or JSON Lines files.")
+  limit: int = setting(0, "evaluate: the first problems of each benchmark; 0 means all.")
+  every: int = setting(0, "Steps between evaluations during training; 0 turns them off.")
+  n_during: int = setting(0, "Problems of an evaluation during training, the first of data.n_eval; 0 means all.")
+  best: str = setting(
+      "accuracy",
+      "Which evaluated step's checkpoint is kept in WORKDIR/best: 'accuracy' (highest within best_max_tokens), "
+      "'tokens' (fewest with at least best_min_accuracy), or 'none'.")
+  best_max_tokens: float | None = setting(
+      None, "Most mean tokens of a best step; None means those of the evaluation before training.")
+  best_min_accuracy: float | None = setting(
+      None, "Least accuracy (0 to 1) of a best step; None means that of the evaluation before training.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +273,7 @@ class Config:
   grading: GradingConfig = dataclasses.field(default_factory=GradingConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   log: LogConfig = dataclasses.field(default_factory=LogConfig)
+  alarms: AlarmConfig = dataclasses.field(default_factory=AlarmConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   sft: SftConfig = dataclasses.field(default_factory=SftConfig)
 
@@ -370,9 +414,10 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
   if kind == float | None:
     return None if value is None else _typed(name, value, float)
-  if kind == tuple[int, ...]:
-    if not isinstance(value, (tuple, list)) or not all(type(v) is int for v in value):
-      refuse("a tuple of integers, such as (512, 1024)")
+  if kind in TUPLES:
+    item, example = TUPLES[kind]
+    if not isinstance(value, (tuple, list)) or not all(type(v) is item for v in value):
+      refuse(f"a tuple of {example}")
     return tuple(value)
   if kind is float and type(value) is int:
     return float(value)

@@ -22,6 +22,8 @@ from ml_collections import config_dict, config_flags
 from hbpo_jax import config, gin_front
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
+# Settings of `evaluate` that may be written without their section, as its users do in every call.
+_SHORT = {"benchmarks": "eval.benchmarks", "max_new_tokens": "eval.max_new_tokens"}
 _HELP = ("-h", "-help", "--help", "-?", "--helpfull", "--helpshort")
 # Trouble with files is the reader's to mend wherever it was raised.
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -57,7 +59,7 @@ def run(main: Callable[[config.Config, str], Any], *, name: str, description: st
     line = parse(arguments, name=name)
     main(line.cfg, line.workdir)
   except (ValueError, *_FILE_ERRORS) as error:
-    if not _is_meant_for_user(error):
+    if not is_meant_for_user(error):
       raise
     if wants_traceback(arguments):
       traceback.print_exc()
@@ -112,7 +114,7 @@ def build(base: config_dict.ConfigDict, overrides: dict[str, Any]) -> config.Con
   table = config.field_table()
   for name, value in overrides.items():
     parent, _, leaf = name.rpartition(".")
-    if isinstance(value, list) and table[name].type == tuple[int, ...]:
+    if isinstance(value, list) and table[name].type in config.TUPLES:
       value = tuple(value)
     try:
       (config.get(cd, parent) if parent else cd)[leaf] = value
@@ -201,6 +203,8 @@ def _normalise(argv: Sequence[str]) -> tuple[str | None, dict[str, None], list[s
     if not re.fullmatch(r"--?(no)?config(\..*)?", flag):
       rest.append(argument)
       continue
+    if (short := flag.lstrip("-").removeprefix("config.")) in _SHORT:
+      flag = f"--config.{_SHORT[short]}"
     field = _field(flag)
     if not equals and not _is_switch(field):
       if not todo or todo[0].startswith("--"):
@@ -241,12 +245,16 @@ def _is_switch(field: str) -> bool:
 
 def _tuple_text(field: str, text: str) -> str:
   """The text of a value; that of a tuple brought into the one form that config_flags reads as intended."""
-  if config.field_table()[field].type != tuple[int, ...]:
+  kind = config.field_table()[field].type
+  if kind == tuple[str, ...]:
+    inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+    return repr(tuple(part.strip(" '\"") for part in inner.split(",") if part.strip(" '\"")))
+  if kind != tuple[int, ...]:
     return text
   try:
     value = ast.literal_eval(text or "()")
   except (ValueError, SyntaxError) as error:
-    raise ValueError(f"config.{field}={text!r} has the wrong type; give {_kind(tuple[int, ...])}.") from error
+    raise ValueError(f"config.{field}={text!r} has the wrong type; give {_kind(kind)}.") from error
   return repr(tuple(value) if isinstance(value, (tuple, list)) else (value,))
 
 
@@ -261,7 +269,7 @@ def _explain(message: str) -> str:
 def _kind(kind: Any) -> str:
   return {
       int: "an integer", float: "a number", bool: "true or false", str: "text", float | None: "a number or none",
-      tuple[int, ...]: "integers such as 512,1024",
+      tuple[int, ...]: "integers such as 512,1024", tuple[str, ...]: "texts such as a,b",
   }[kind]
 
 
@@ -283,7 +291,7 @@ def _line_in(path: pathlib.Path, error: BaseException) -> str:
   return f" at line {numbers[-1]}" if numbers else ""
 
 
-def _is_meant_for_user(error: BaseException) -> bool:
+def is_meant_for_user(error: BaseException) -> bool:
   """Whether an exception was raised on purpose for the reader, by a `raise` in this package."""
   if isinstance(error, _FILE_ERRORS):
     return True

@@ -17,6 +17,8 @@ import hbpo_jax
 from hbpo_jax import config, flags, versions
 from hbpo_jax.files import atomic_write_text
 
+FORMAT = 1  # Of run.json.
+
 
 def describe_profile(cfg: config.Config) -> list[str]:
   """Lines that say where the run leaves the paper: one heading, then one line per profile-governed field.
@@ -62,6 +64,7 @@ def write_run_json(workdir: str | os.PathLike, cfg: config.Config, mesh: jax.sha
   path = folder / "run.json"
   now = datetime.datetime.now(datetime.UTC)
   entries = {
+      "format": FORMAT,
       "hbpo_jax": hbpo_jax.__version__,
       "started": now.isoformat(timespec="seconds"),
       "command": shlex.join(sys.argv),
@@ -77,6 +80,22 @@ def write_run_json(workdir: str | os.PathLike, cfg: config.Config, mesh: jax.sha
   if repeated := sorted(set(entries) & set(extra or {})):
     raise ValueError(f"extra={repeated[0]!r} is already an entry of run.json; choose another name.")
   atomic_write_text(path, json.dumps(entries | dict(extra or {}), indent=2, allow_nan=False) + "\n")
+
+
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+  """The settings of a run, nested, as its run.json holds them.
+
+  Raises:
+    FileNotFoundError: when there is no run.json.
+    ValueError: when it is damaged.
+  """
+  path = pathlib.Path(workdir) / "run.json"
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} does not exist; give the directory of a training run.")
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))["config"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{path} is damaged ({error!r}); restore it from a copy.") from error
 
 
 def git_state(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -117,7 +136,7 @@ def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 # Settings that may change between the attempts of one run without changing what it learns, by dotted prefix.
 _FREE_ON_RESUME = (
     "model.path", "model.revision", "model.remat", "data.n_eval", "data.eval_", "data.data_dir", "eval.", "mesh.",
-    "grading.", "checkpoint.", "log.", "sft.", "learner.microbatch_rows", "learner.logprob_chunk")
+    "grading.", "checkpoint.", "log.", "alarms.", "sft.", "learner.microbatch_rows", "learner.logprob_chunk")
 
 
 def check_resume(cfg: config.Config, saved: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ _CHOICES = {
     "loss.kl_estimator": ("k1", "k2", "k3"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "learner.nonfinite": ("skip", "stop"),
+    "eval.best": ("accuracy", "tokens", "none"),
 }
 
 # Smallest value of whole-number settings.
@@ -41,6 +42,8 @@ _AT_LEAST = {
     "checkpoint.save_every": 0, "checkpoint.max_to_keep": 1,
     "log.every": 1, "log.samples_every": 0, "log.n_samples": 0,
     "eval.top_k": 0, "eval.samples_per_problem": 1, "eval.batch_queries": 1, "eval.max_new_tokens": 0,
+    "alarms.window": 1, "alarms.reference": 1,
+    "eval.max_context": 2, "eval.limit": 0, "eval.every": 0, "eval.n_during": 0,
     "sft.steps": 1, "sft.rows": 1, "sft.hidden_size": 1, "sft.n_layers": 1, "sft.n_heads": 1, "sft.n_kv_heads": 1,
     "sft.mlp_size": 1,
 }  # fmt: skip
@@ -72,6 +75,18 @@ _INTERVALS = {
     "grading.cpu_seconds": _POSITIVE,
     "eval.temperature": _NOT_NEGATIVE,
     "eval.top_p": (0.0, False, 1.0, True),
+    "alarms.margin": (0.0, True, 1.0, False),
+    "alarms.length_spread": _FRACTION,
+    "alarms.sentence_drop": _NOT_NEGATIVE,
+    "alarms.solved": _FRACTION,
+    "alarms.entropy_low": _FRACTION,
+    "alarms.entropy_high": _NOT_NEGATIVE,
+    "alarms.clip_share": _FRACTION,
+    "alarms.truncated": _FRACTION,
+    "alarms.timeouts": _FRACTION,
+    "alarms.zero_variance": _FRACTION,
+    "eval.best_max_tokens": _POSITIVE,
+    "eval.best_min_accuracy": _FRACTION,
     "sft.learning_rate": _POSITIVE,
     "sft.weight_decay": _NOT_NEGATIVE,
     "sft.budget_share": _FRACTION,
@@ -97,8 +112,34 @@ def validate(cfg: config.Config, *, n_devices: int, arch: Any = None, prefix_tok
   _check_batch(cfg)
   _check_mesh(cfg, n_devices)
   _check_rest(cfg)
+  _check_evaluation(cfg)
   if arch is not None:
     _check_model(cfg, arch, prefix_tokens)
+
+
+def validate_evaluation(cfg: config.Config, *, n_devices: int) -> None:
+  """Raises unless the settings make an evaluation that can work; those of training need not fit together.
+
+  Args:
+    cfg: the settings.
+    n_devices: devices that the evaluation will see.
+  Raises:
+    ValueError: on the first setting at fault; names the field, its value and the remedy.
+  """
+  _check_each_alone(cfg)
+  _check_sampler(cfg)
+  _check_text(cfg)
+  _check_devices(cfg, n_devices)
+  _require(bool(cfg.eval.benchmarks), cfg, "eval.benchmarks", "names nothing to evaluate on",
+           "give --config.benchmarks=gsm8k,math500 or JSON Lines files")
+  _require(bool(cfg.eval.modes), cfg, "eval.modes", "is empty", "give natural, efficiency, budgets, or numbers")
+  for mode in cfg.eval.modes:
+    _require(mode == "budgets" or _is_mode(mode), cfg, "eval.modes", f"has the mode {mode!r}, which does not exist",
+             "choose natural, efficiency, budgets, or budgets as numbers such as 1024")
+
+
+def _is_mode(mode: str) -> bool:
+  return mode in ("natural", "efficiency") or (mode.isascii() and mode.isdigit() and int(mode) > 0)
 
 
 def _require(holds: bool, cfg: config.Config, field: str, problem: str, remedy: str) -> None:
@@ -181,9 +222,7 @@ def _is_dotted(path: str) -> bool:
 def _check_text(cfg: config.Config) -> None:
   _require("{budget}" in cfg.prompt.budget_sentence, cfg, "prompt.budget_sentence", "does not contain {budget}",
            "write {budget} where the number of tokens goes")
-  mode = cfg.eval.mode
-  is_budget = mode.isascii() and mode.isdigit() and int(mode) > 0
-  _require(mode in ("natural", "efficiency") or is_budget, cfg, "eval.mode", "does not exist",
+  _require(_is_mode(cfg.eval.mode), cfg, "eval.mode", "does not exist",
            "choose natural, efficiency, or a budget such as 1024")
   _require(cfg.data.source != "", cfg, "data.source", "is empty",
            "give 'synthetic', a JSON Lines file, or tfds:NAME")
@@ -205,7 +244,8 @@ def _divisors(n: int) -> str:
   return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
-def _check_mesh(cfg: config.Config, n_devices: int) -> None:
+def _check_devices(cfg: config.Config, n_devices: int) -> int:
+  """data x fsdp, the shards of a batch."""
   mesh = cfg.mesh
   fixed = mesh.data * mesh.tensor
   _require(mesh.fsdp == -1 or mesh.fsdp >= 1, cfg, "mesh.fsdp", "is not a number of devices",
@@ -220,7 +260,11 @@ def _check_mesh(cfg: config.Config, n_devices: int) -> None:
     _require(fixed * fsdp == n_devices, cfg, "mesh.fsdp",
              f"makes a mesh of {fixed * fsdp} devices where there are {n_devices}",
              "make data x fsdp x tensor the number of devices, or set mesh.fsdp=-1 for all that remain")
-  shards = mesh.data * fsdp
+  return mesh.data * fsdp
+
+
+def _check_mesh(cfg: config.Config, n_devices: int) -> None:
+  shards = _check_devices(cfg, n_devices)
   rows = cfg.rollout.queries // cfg.learner.minibatches * cfg.rollout.rollouts_per_query
   less = "raise it to a multiple, or put more devices on mesh.tensor or fewer on mesh.data and mesh.fsdp"
   split = f"data x fsdp = {shards} shards of the mesh"
@@ -246,6 +290,11 @@ def _check_rest(cfg: config.Config) -> None:
            f"does not divide config.sft.n_heads={cfg.sft.n_heads}", f"choose one of {_divisors(cfg.sft.n_heads)}")
   _require(cfg.sft.hidden_size % (2 * cfg.sft.n_heads) == 0, cfg, "sft.hidden_size",
            f"does not split into {cfg.sft.n_heads} heads of even size", f"give a multiple of {2 * cfg.sft.n_heads}")
+
+
+def _check_evaluation(cfg: config.Config) -> None:
+  _require(cfg.eval.every == 0 or cfg.data.n_eval > 0, cfg, "eval.every",
+           "asks for evaluations without problems, for config.data.n_eval is 0", "set data.n_eval, or eval.every=0")
 
 
 def _check_model(cfg: config.Config, arch: Any, prefix_tokens: int) -> None:

@@ -82,6 +82,12 @@ def test_faulty_config_file_is_named_with_its_line(tmp_path, body, message):
     ("--config.model.path=a=b,c", "model.path", "a=b,c"),
     ("--config.prompt.instruction=", "prompt.instruction", ""),
     ("--config.eval.mode=1024", "eval.mode", "1024"),
+    ("--config.benchmarks=gsm8k,../a(1).jsonl", "eval.benchmarks", ("gsm8k", "../a(1).jsonl")),
+    ("--config.eval.benchmarks=gsm8k", "eval.benchmarks", ("gsm8k",)),
+    ("--config.eval.modes=('natural', '512')", "eval.modes", ("natural", "512")),
+    ("--config.eval.modes=natural, 512,", "eval.modes", ("natural", "512")),
+    ("--config.eval.benchmarks=", "eval.benchmarks", ()),
+    ("--config.max_new_tokens=64", "eval.max_new_tokens", 64),
 ])  # fmt: skip
 def test_override(argument, field, value):
   got = config.get(parse(argument), field)

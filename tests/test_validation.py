@@ -1,6 +1,7 @@
 """One case per rule: the field at fault is named with its value and a remedy; its allowed neighbour passes."""
 
 import dataclasses
+import re
 import types
 
 import pytest
@@ -74,7 +75,9 @@ WHOLE_CASES = [
     ("checkpoint.save_every", -1, 0), ("checkpoint.max_to_keep", 0, 1), ("log.every", 0, 1),
     ("log.samples_every", -1, 0),
     ("log.n_samples", -1, 0), ("eval.top_k", -1, 0), ("eval.samples_per_problem", 0, 1), ("eval.batch_queries", 0, 1),
-    ("eval.max_new_tokens", -1, 0), ("sft.steps", 0, 1), ("sft.rows", 0, 1), ("sft.hidden_size", 0, 8),
+    ("eval.max_new_tokens", -1, 0), ("alarms.window", 0, 1), ("alarms.reference", 0, 1),
+    ("eval.max_context", 1, 2), ("eval.limit", -1, 0), ("eval.every", -1, 0),
+    ("eval.n_during", -1, 0), ("sft.steps", 0, 1), ("sft.rows", 0, 1), ("sft.hidden_size", 0, 8),
     ("sft.n_layers", 0, 1), ("sft.n_heads", 0, 2), ("sft.n_kv_heads", 0, 1), ("sft.mlp_size", 0, 1),
 ]  # fmt: skip
 
@@ -98,6 +101,12 @@ REAL_CASES = [
     ("optimizer.b1", (-0.1, 1.0, NAN), (0.0,)), ("optimizer.b2", (-0.1, 1.0, NAN), (0.0,)),
     ("optimizer.eps", (0.0, NAN), (1e-9,)), ("optimizer.weight_decay", (-1.0, NAN), (0.0,)),
     ("optimizer.clip_norm", (0.0, NAN), (0.1,)), ("grading.cpu_seconds", (0.0, NAN), (0.1,)),
+    ("alarms.margin", (-0.1, 1.0, NAN), (0.0,)), ("alarms.length_spread", (-0.1, 1.1, NAN), (0.0, 1.0)),
+    ("alarms.sentence_drop", (-1.0, NAN), (0.0, 9.0)), ("alarms.solved", (-0.1, 1.1, NAN), (1.0,)),
+    ("alarms.entropy_low", (-0.1, 1.1, NAN), (0.0,)), ("alarms.entropy_high", (-1.0, NAN), (0.0, 9.0)),
+    ("alarms.clip_share", (-0.1, 1.1, NAN), (0.0,)), ("alarms.truncated", (-0.1, 1.1, NAN), (0.0,)),
+    ("alarms.timeouts", (-0.1, 1.1, NAN), (0.0,)), ("alarms.zero_variance", (-0.1, 1.1, NAN), (0.0,)),
+    ("eval.best_max_tokens", (0.0, NAN), (1.0, None)), ("eval.best_min_accuracy", (-0.1, 1.1, NAN), (0.0, 1.0, None)),
     ("eval.temperature", (-1.0, NAN), (0.0,)), ("eval.top_p", (0.0, 1.1, NAN), (1.0,)),
     ("sft.learning_rate", (0.0, NAN), (0.1,)), ("sft.weight_decay", (-1.0, NAN), (0.0,)),
     ("sft.budget_share", (-0.1, 1.1, NAN), (0.0, 1.0)),
@@ -277,6 +286,33 @@ def test_an_uncounted_prefix_needs_room_too():
   check(arch=ARCH, prefix_tokens=12)
   refuse(r"data\.max_prompt_tokens", "12 of the budget sentence", arch=ARCH, prefix_tokens=12,
          rollout__count_prefix_tokens=False)
+
+
+def test_evaluation_during_training_needs_problems():
+  refuse(r"eval\.every", "config.data.n_eval is 0; set data.n_eval", eval__every=5)
+  check(eval__every=5, data__n_eval=64)
+
+
+EVALUATION = {"eval__benchmarks": ("gsm8k",), "model__path": "m"}
+
+
+@pytest.mark.parametrize("field,words,overrides", [
+    (r"eval\.benchmarks", "give --config.benchmarks=", {"eval__benchmarks": ()}),
+    (r"eval\.modes", "is empty", {"eval__modes": ()}),
+    (r"eval\.modes", "has the mode '0'", {"eval__modes": ("natural", "0")}),
+    (r"eval\.top_p", "out of range", {"eval__top_p": 0.0}),
+    (r"mesh\.fsdp", "makes a mesh of 3 devices", {"mesh__fsdp": 3}),
+])
+def test_an_evaluation_that_cannot_work(field, words, overrides):
+  with pytest.raises(ValueError, match=rf"config\.{field}.*{re.escape(words)}"):
+    validation.validate_evaluation(make(**EVALUATION | overrides), n_devices=1)
+
+
+def test_an_evaluation_does_not_ask_training_to_fit():
+  cfg = make(**EVALUATION, rollout__queries=7, rollout__budgets=(10_000,), eval__modes=("natural", "budgets", "512"))
+  validation.validate_evaluation(cfg, n_devices=4)
+  with pytest.raises(ValueError):
+    validation.validate(cfg, n_devices=4)
 
 
 def test_evaluation_fits_the_context():

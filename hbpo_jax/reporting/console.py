@@ -1,7 +1,7 @@
 """What runs past a person's eyes: a live view on a terminal, plain lines anywhere else."""
 
 import collections
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import sys
 import time
 from typing import Any, TextIO
@@ -14,6 +14,7 @@ import rich.table
 import rich.text
 
 from hbpo_jax.config import LogConfig
+from hbpo_jax.reporting.alarms import Alarm
 from hbpo_jax.reporting.tables import Table
 from hbpo_jax.reporting.text import duration, plain
 
@@ -54,6 +55,7 @@ class Console:
     self._clock = clock
     self._times: collections.deque[float] = collections.deque(maxlen=_WINDOW + 1)
     self._metrics: Mapping[str, Any] = {}
+    self._alarms: tuple[Alarm, ...] = ()
     self._rich = rich.console.Console(file=self._file, markup=False, highlight=False, emoji=False)
     self._is_live = log.live and self._rich.is_terminal and not self._rich.is_dumb_terminal
     self._live: rich.live.Live | None = None
@@ -93,6 +95,14 @@ class Console:
     elif not self._is_live:
       self._print(self._line())
 
+  def alarm(self, alarm: Alarm) -> None:
+    """Prints an alarm above the view, in red on a terminal."""
+    self._print(plain(f"! {alarm.kind} (step {alarm.step + 1}): {alarm.text}"), style="bold red")
+
+  def set_alarms(self, active: Sequence[Alarm]) -> None:
+    """The alarms that last: shown below the live view, named on each step's line, from the next `step` on."""
+    self._alarms = tuple(active)
+
   def message(self, text: str) -> None:
     """Prints text above the view."""
     self._print(plain(text))
@@ -123,9 +133,9 @@ class Console:
       times = times[1:]
     return (times[-1] - times[0]) / (len(times) - 1) * max(self._total - self._done, 0)
 
-  def _print(self, text: str) -> None:
+  def _print(self, text: str, style: str = "") -> None:
     if self._is_live:
-      self._rich.print(rich.text.Text(text), soft_wrap=True)
+      self._rich.print(rich.text.Text(text, style=style), soft_wrap=True)
       return
     # A log may be in an encoding that lacks a character of the text; that must not end the run.
     encoding = getattr(self._file, "encoding", None) or "utf-8"
@@ -167,7 +177,8 @@ class Console:
     if budgets := self._budgets():
       panels = (f"{b.removeprefix('budget_')}:{self._value(f'{b}/tokens_mean', '{:,.1f}')}" for b in budgets)
       parts.append("tokens by budget " + " ".join(panels))
-    return "  ".join([*parts, f"left {self._left()}"])
+    marks = [f"! {plain(alarm.kind)}" for alarm in self._alarms]
+    return "  ".join([*parts, f"left {self._left()}", *marks])
 
   def _view(self) -> rich.console.Group:
     bar = rich.table.Table.grid(padding=(0, 1), expand=True)
@@ -192,4 +203,7 @@ class Console:
       for b in budgets:
         table.add_row(b.removeprefix("budget_"), *(self._value(f"{b}/{tag}", form) for _, tag, form in _PANEL))
       parts.append(table)
+    for alarm in self._alarms:  # One line each; the whole sentence was printed when it was raised.
+      line = plain(f"! {alarm.kind}, since step {alarm.step + 1}: {alarm.text}")
+      parts.append(rich.text.Text(line, style="bold red", no_wrap=True, overflow="ellipsis"))
     return rich.console.Group(*parts)

@@ -25,13 +25,17 @@ def step_metrics(
   Over all responses: `reward`, `accuracy` (mean score), `mean_tokens` and `tokens_std` (of n_gen; divisor n),
   `truncated` (share stopped by the cap), `unfinished`, `no_answer`, `timeout` (shares by verdict; only with
   `reasons`), `negative_advantage` (share with total advantage below 0), `zero_variance` (share of queries whose
-  responses all earn the same reward, so that A_inter is 0).
+  responses all earn the same reward, so that A_inter is 0), `length_spread` (standard deviation of n_gen over the N
+  responses of a query, divisor N, averaged over queries: how many lengths are still being explored), `entropy` (nats
+  per token: minus the mean log-probability, under the distribution drawn from, of all tokens that were sampled; forced
+  tokens are left out).
 
   Per budget b, under `budget_{b}/`: `reward`, `accuracy`, `tokens_mean`, `tokens_std`, `overrun` (share with
   n_gen > b), `overrun_tokens` (mean of max(n_gen - b, 0) over all responses of the panel), `truncated`, `intra`
-  (mean A_intra), `negative_advantage`, `sentence_probability` (exp of the summed log-probability of the forced
-  budget sentence, averaged over responses) and `sentence_logp` (mean of that sum, nats; readable where the
-  probability is nearly 0). The last two are absent for a budget without a sentence.
+  (mean A_intra), `inter` (mean A_inter), `inter_abs` (mean |A_inter|), `negative_advantage`, `sentence_probability`
+  (exp of the summed log-probability of the forced budget sentence, averaged over responses) and `sentence_logp` (mean
+  of that sum, nats; readable where the probability is nearly 0). The last two are absent for a budget without a
+  sentence.
 
   Args:
     rollouts: host copy (NumPy leaves) of the step's rollouts.
@@ -54,6 +58,7 @@ def step_metrics(
   score_BGJ = _shaped("score_BGJ", score_BGJ, shape)
   total_BGJ = _shaped("advantage.total_BGJ", advantage.total_BGJ, shape)
   intra_BG = _shaped("advantage.intra_BG", advantage.intra_BG, shape[:2])
+  inter_BGJ = _shaped("advantage.inter_BGJ", advantage.inter_BGJ, shape)
   truncated_BGJ = _shaped("truncated_BGJ", rollouts.truncated_BGJ, shape)
   n_prefix_G = _shaped("n_prefix_G", n_prefix_G, shape[1:2]).astype(int)
 
@@ -65,6 +70,8 @@ def step_metrics(
       "truncated": truncated_BGJ.mean(),
       "negative_advantage": (total_BGJ < 0).mean(),
       "zero_variance": (reward_BGJ == reward_BGJ[:, :1, :1]).all(axis=(1, 2)).mean(),
+      "length_spread": n_gen_BGJ.std(axis=(1, 2)).mean(),
+      "entropy": _entropy(rollouts, n_prefix_G),
   }
   if reasons is not None:
     reason_R = np.asarray(reasons, dtype=str).reshape(-1)
@@ -83,6 +90,8 @@ def step_metrics(
         "overrun_tokens": np.maximum(n_gen_BJ - budget, 0).mean(),
         "truncated": truncated_BGJ[:, g].mean(),
         "intra": intra_BG[:, g].mean(),
+        "inter": inter_BGJ[:, g].mean(),
+        "inter_abs": np.abs(inter_BGJ[:, g]).mean(),
         "negative_advantage": (total_BGJ[:, g] < 0).mean(),
     }
     if n_prefix_G[g]:
@@ -92,6 +101,18 @@ def step_metrics(
       panel["sentence_logp"] = sentence_logp_BJ.mean()
     metrics |= {f"budget_{budget}/{name}": value for name, value in panel.items()}
   return {tag: float(value) for tag, value in metrics.items()}
+
+
+def _entropy(rollouts: Rollouts, n_prefix_G: np.ndarray) -> float:
+  """Minus the mean log-probability of the sampled tokens, nats; 0 where none was sampled."""
+  total, count = 0.0, 0
+  for g, logp_BJC in enumerate(rollouts.logp_sampler):
+    slot_C = np.arange(logp_BJC.shape[-1])
+    # From what the sampler counted: a completion mask leaves forced tokens in where they carry loss.
+    sampled_BJC = (slot_C >= n_prefix_G[g]) & (slot_C < np.asarray(rollouts.n_tokens_BGJ)[:, g, :, None])
+    total += np.where(sampled_BJC, np.asarray(logp_BJC, np.float64), 0.0).sum()
+    count += int(sampled_BJC.sum())
+  return -total / count if count else 0.0
 
 
 def _shaped(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:

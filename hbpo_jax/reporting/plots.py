@@ -21,44 +21,48 @@ from hbpo_jax.files import atomic_write_bytes, read_rows
 from hbpo_jax.reporting.tables import change, level_name, number, percent, signed_percent
 
 # Okabe and Ito's palette, told apart with any colour vision; each series also has a marker or a label of its own.
-_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
-_GREY, _LIGHT, _INK = "#767676", "#D0D0D0", "#222222"
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+GREY, LIGHT, INK = "#767676", "#D0D0D0", "#222222"
+SERIES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DPI = 150
 
 
-def length_by_budget_figure(rows: Sequence[Mapping[str, Any]], window: int | None = None) -> Figure:
+def length_by_budget_figure(
+    rows: Sequence[Mapping[str, Any]], window: int | None = None, *, n_columns: int | None = None) -> Figure:
   """Response length over steps, one panel per budget: mean, a band of one standard deviation, and the budget.
 
   Args:
     rows: rows of metrics.jsonl with `budget_{b}/tokens_mean` and `budget_{b}/tokens_std`.
     window: rows in the running mean that is drawn, made odd; None means about a fortieth of all.
+    n_columns: panels in a row; None means up to four, or two rows of them.
   Returns:
     A Figure with one Axes per budget. In each, the lines labelled `mean` and `budget`, and grey lines: the means of the
     other budgets.
   Raises:
     ValueError: when no row has a budget.
   """
-  budgets = _budgets(rows)
+  budgets = logged_budgets(rows)
   if not budgets:
     raise ValueError("metrics have no tag budget_*/tokens_mean; the length plot needs at least one row of training.")
-  window = _window(rows, window)
-  step = _column(rows, "step")
-  mean = {b: _smooth(_column(rows, f"budget_{b}/tokens_mean"), window) for b in budgets}
-  std = {b: _smooth(_column(rows, f"budget_{b}/tokens_std"), window) for b in budgets}
-  n_columns = len(budgets) if len(budgets) <= 4 else math.ceil(len(budgets) / 2)
+  window = centred_window(rows, window)
+  step = column(rows, "step")
+  mean = {b: smooth(column(rows, f"budget_{b}/tokens_mean"), window) for b in budgets}
+  std = {b: smooth(column(rows, f"budget_{b}/tokens_std"), window) for b in budgets}
+  if n_columns is None:
+    n_columns = len(budgets) if len(budgets) <= 4 else math.ceil(len(budgets) / 2)
   n_rows = math.ceil(len(budgets) / n_columns)
-  fig, axes = _grid(n_rows, n_columns, (max(2.6 * n_columns, 4.5), 2.9 * n_rows + 0.6), sharex=True, sharey=True)
+  fig, axes = grid(n_rows, n_columns, (max(2.6 * n_columns, 7.2), 2.9 * n_rows + 0.6), sharex=True, sharey=True)
   flat = axes.reshape(-1)
   for ax in flat[len(budgets):]:
     ax.set_visible(False)
   for ax, b in zip(flat, budgets):
     for other in budgets:
       if other != b:
-        ax.plot(step, mean[other], color=_LIGHT, linewidth=1, zorder=1)
-    ax.fill_between(step, np.maximum(mean[b] - std[b], 0), mean[b] + std[b], color=_BLUE, alpha=0.18, linewidth=0)
-    ax.plot(step, mean[b], color=_BLUE, linewidth=2, label="mean", marker="o" if len(rows) == 1 else None)
-    ax.axhline(b, color=_ORANGE, linestyle="--", linewidth=1.3, label="budget")
-    ax.set_title(f"budget {b:,}", fontsize=10, color=_INK)
+        ax.plot(step, mean[other], color=LIGHT, linewidth=1, zorder=1)
+    ax.fill_between(step, np.maximum(mean[b] - std[b], 0), mean[b] + std[b], color=BLUE, alpha=0.18, linewidth=0)
+    ax.plot(step, mean[b], color=BLUE, linewidth=2, label="mean", marker="o" if len(rows) == 1 else None)
+    ax.axhline(b, color=ORANGE, linestyle="--", linewidth=1.3, label="budget")
+    ax.set_title(f"budget {b:,}", fontsize=10, color=INK)
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
   for ax in axes[:, 0]:
     ax.set_ylabel("response length (tokens)")
@@ -70,12 +74,12 @@ def length_by_budget_figure(rows: Sequence[Mapping[str, Any]], window: int | Non
   flat[0].set_ylim(0, 1.06 * top)
   flat[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
   handles, _ = flat[0].get_legend_handles_labels()
-  others = [line for line in flat[0].lines if line.get_color() == _LIGHT][:1]
+  others = [line for line in flat[0].lines if line.get_color() == LIGHT][:1]
   fig.legend(
       [*handles, flat[0].collections[0], *others],
       ["mean", "budget", "± 1 standard deviation", "other budgets"][:3 + len(others)],
       loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-  fig.suptitle("Response length by budget" + _smoothing(window), fontsize=12, color=_INK)
+  fig.suptitle("Response length by budget" + smoothing(window), fontsize=12, color=INK)
   return fig
 
 
@@ -94,7 +98,7 @@ def difficulty_figure(base: Mapping[str, Any], trained: Mapping[str, Any]) -> Fi
   if levels != [row["level"] for row in trained["by_level"]]:
     raise ValueError("base and trained have different levels; evaluate both on the same problems.")
   positions = np.arange(len(levels))
-  fig, axes = _grid(1, 2, (9, 3.9))
+  fig, axes = grid(1, 2, (9, 3.9))
   total = signed_percent(change(base["mean_tokens"], trained["mean_tokens"]))
   panels = (
       ("tokens", 1.0, "response length (tokens)",
@@ -104,7 +108,7 @@ def difficulty_figure(base: Mapping[str, Any], trained: Mapping[str, Any]) -> Fi
   apart = 0.1 if len(levels) == 1 else 0.0  # Two single points would cover each other.
   for ax, (field, scale, label, title) in zip(axes[0], panels):
     for result, name, shift, color, marker, face in (
-        (base, "before", -apart, _GREY, "s", "white"), (trained, "after", apart, _BLUE, "o", _BLUE)):
+        (base, "before", -apart, GREY, "s", "white"), (trained, "after", apart, BLUE, "o", BLUE)):
       values = [scale * row[field] for row in result["by_level"]]
       ax.plot(
           positions + shift, values, color=color, marker=marker, markersize=6, markerfacecolor=face, linewidth=2,
@@ -113,7 +117,7 @@ def difficulty_figure(base: Mapping[str, Any], trained: Mapping[str, Any]) -> Fi
     ax.set_xlim(-0.4, len(levels) - 0.6)
     ax.set_xlabel("" if levels == [None] else "difficulty level")
     ax.set_ylabel(label)
-    ax.set_title(title, fontsize=11, color=_INK)
+    ax.set_title(title, fontsize=11, color=INK)
   axes[0, 0].set_ylim(bottom=0)
   axes[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
   axes[0, 1].set_ylim(0, 104)
@@ -134,24 +138,24 @@ def training_figure(rows: Sequence[Mapping[str, Any]], window: int | None = None
   """
   if not rows:
     raise ValueError("metrics have no row; the training plot needs at least one step.")
-  window = _window(rows, window)
-  step = _column(rows, "step")
-  fig, axes = _grid(1, 3, (11, 3.5), sharex=True)
-  panels = (("reward", 1.0, "mean reward", _GREEN), ("accuracy", 100.0, "accuracy (%)", _ORANGE),
-            ("mean_tokens", 1.0, "response length (tokens)", _BLUE))
+  window = centred_window(rows, window)
+  step = column(rows, "step")
+  fig, axes = grid(1, 3, (11, 3.5), sharex=True)
+  panels = (("reward", 1.0, "mean reward", GREEN), ("accuracy", 100.0, "accuracy (%)", ORANGE),
+            ("mean_tokens", 1.0, "response length (tokens)", BLUE))
   for ax, (tag, scale, label, color) in zip(axes[0], panels):
-    values = scale * _column(rows, tag)
+    values = scale * column(rows, tag)
     if window > 1:
       ax.plot(step, values, color=color, alpha=0.3, linewidth=0.9, label="step")
     marker = "o" if len(rows) == 1 else None
-    ax.plot(step, _smooth(values, window), color=color, linewidth=2, label="mean", marker=marker)
-    ax.set_title(label, fontsize=11, color=_INK)
+    ax.plot(step, smooth(values, window), color=color, linewidth=2, label="mean", marker=marker)
+    ax.set_title(label, fontsize=11, color=INK)
     ax.set_xlabel("training step")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
   axes[0, 1].set_ylim(0, 104)
   axes[0, 2].set_ylim(bottom=0)
   axes[0, 2].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-  fig.suptitle("Training" + _smoothing(window), fontsize=12, color=_INK)
+  fig.suptitle("Training" + smoothing(window), fontsize=12, color=INK)
   return fig
 
 
@@ -169,13 +173,13 @@ def reward_curves_figure(n_gen_N: Any, reward_GN: Any, budgets: Sequence[int]) -
   if reward_GN.shape != (len(budgets), len(n_gen_N)):
     raise ValueError(
         f"reward_GN has shape {reward_GN.shape}; {len(budgets)} budgets and {len(n_gen_N)} lengths ask for [G, N].")
-  fig, axes = _grid(1, 1, (7, 4))
+  fig, axes = grid(1, 1, (7, 4))
   ax = axes[0, 0]
-  for color, budget, reward_N in zip(_spread(len(budgets)), budgets, reward_GN):
+  for color, budget, reward_N in zip(ordered_colors(len(budgets)), budgets, reward_GN):
     ax.plot(n_gen_N, reward_N, color=color, linewidth=1.8, label=f"{budget:,}")
     ax.plot([budget], [np.interp(budget, n_gen_N, reward_N)], "o", color=color, markersize=6)
-  ax.axhline(0, color=_GREY, linestyle="--", linewidth=1)
-  ax.annotate("wrong answer", (n_gen_N[0], 0), xytext=(4, 4), textcoords="offset points", fontsize=9, color=_GREY)
+  ax.axhline(0, color=GREY, linestyle="--", linewidth=1)
+  ax.annotate("wrong answer", (n_gen_N[0], 0), xytext=(4, 4), textcoords="offset points", fontsize=9, color=GREY)
   ax.set_xlabel("response length (tokens)")
   ax.set_ylabel("reward of a correct answer")
   ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -183,11 +187,16 @@ def reward_curves_figure(n_gen_N: Any, reward_GN: Any, budgets: Sequence[int]) -
   return fig
 
 
-def save(fig: Figure, path: str | os.PathLike) -> None:
-  """Writes a figure as PNG, atomically; the same figure gives the same bytes."""
+def png(fig: Figure) -> bytes:
+  """A figure as PNG; the same figure gives the same bytes."""
   buffer = io.BytesIO()
   fig.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-  atomic_write_bytes(path, buffer.getvalue())
+  return buffer.getvalue()
+
+
+def save(fig: Figure, path: str | os.PathLike) -> None:
+  """Writes a figure as PNG, atomically."""
+  atomic_write_bytes(path, png(fig))
 
 
 def write_plots(
@@ -209,7 +218,7 @@ def write_plots(
   metrics = workdir / "metrics.jsonl"
   rows = read_rows(metrics) if metrics.exists() else []
   todo: list[tuple[str, Callable[[], Figure]]] = []
-  if _budgets(rows):
+  if logged_budgets(rows):
     todo.append(("length_by_budget", lambda: length_by_budget_figure(rows)))
   if base is not None and trained is not None:
     todo.append(("difficulty", lambda: difficulty_figure(base, trained)))
@@ -222,56 +231,60 @@ def write_plots(
   return written
 
 
-def _grid(n_rows: int, n_columns: int, size: tuple[float, float], *, sharex: bool = False,
-          sharey: bool = False) -> tuple[Figure, np.ndarray]:
+def grid(n_rows: int, n_columns: int, size: tuple[float, float], *, sharex: bool = False,
+         sharey: bool = False) -> tuple[Figure, np.ndarray]:
+  """(Figure of a size in inches, its Axes [n_rows, n_columns]) in the house style."""
   fig = Figure(figsize=size, layout="constrained")
   FigureCanvasAgg(fig)
   axes = fig.subplots(n_rows, n_columns, squeeze=False, sharex=sharex, sharey=sharey)
   for ax in axes.reshape(-1):
-    _tidy(ax)
+    tidy(ax)
   return fig, axes
 
 
-def _tidy(ax: Axes) -> None:
+def tidy(ax: Axes) -> None:
+  """Puts an Axes in the house style: two spines, thin horizontal rules, small ticks."""
   for side in ("top", "right"):
     ax.spines[side].set_visible(False)
   for side in ("left", "bottom"):
-    ax.spines[side].set_color(_GREY)
-  ax.tick_params(colors=_GREY, labelcolor=_INK, labelsize=9)
+    ax.spines[side].set_color(GREY)
+  ax.tick_params(colors=GREY, labelcolor=INK, labelsize=9)
   ax.grid(axis="y", color="#EBEBEB", linewidth=0.8)
   ax.set_axisbelow(True)
 
 
-def _budgets(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+def logged_budgets(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+  """The budgets whose lengths the rows log, ascending."""
   tags = {tag for row in rows for tag in row if tag.startswith("budget_") and tag.endswith("/tokens_mean")}
   return sorted(int(tag.removeprefix("budget_").removesuffix("/tokens_mean")) for tag in tags)
 
 
-def _column(rows: Sequence[Mapping[str, Any]], tag: str) -> np.ndarray:
-  # A tag that a row lacks, or a null (not finite), leaves a gap in the line.
+def column(rows: Sequence[Mapping[str, Any]], tag: str) -> np.ndarray:
+  """The values of a tag, one per row; NaN, a gap in a line, where a row lacks it or holds null."""
   return np.asarray([math.nan if row.get(tag) is None else row[tag] for row in rows], np.float64)
 
 
-def _window(rows: Sequence[Mapping[str, Any]], window: int | None) -> int:
-  """An odd window, so that the mean is centred."""
+def centred_window(rows: Sequence[Mapping[str, Any]], window: int | None) -> int:
+  """The rows of a running mean, made odd so that it is centred; None means about a fortieth of all."""
   return 2 * ((max(1, round(len(rows) / 40)) if window is None else window) // 2) + 1
 
 
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
   """Centred running mean over `window` values; over fewer at the ends, and where values are missing."""
   half = window // 2
-  smooth = np.full_like(values, math.nan)
+  means = np.full_like(values, math.nan)
   for i in range(len(values)):
     near = values[max(0, i - half):i + half + 1]
     if not math.isnan(values[i]):
-      smooth[i] = np.nanmean(near)
-  return smooth
+      means[i] = np.nanmean(near)
+  return means
 
 
-def _smoothing(window: int) -> str:
+def smoothing(window: int) -> str:
+  """What a title says of the running mean; empty for none."""
   return f" (running mean over {window} rows)" if window > 1 else ""
 
 
-def _spread(n: int) -> list[tuple[float, ...]]:
+def ordered_colors(n: int) -> list[tuple[float, ...]]:
   """n colours for ordered budgets; viridis stays distinct with any colour vision, and its pale end is left off."""
   return [tuple(colormaps["viridis"](x)) for x in np.linspace(0, 0.82, n)]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -11,10 +12,12 @@ import numpy as np
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config
 from hbpo_jax.data.record import Problem
+from hbpo_jax.files import read_rows
+from hbpo_jax.reporting import alarms
 from hbpo_jax.reporting import metrics as metrics_lib
 from hbpo_jax.reporting.console import Console
 from hbpo_jax.reporting.samples import SampleLog
-from hbpo_jax.reporting.writers import MetricWriter
+from hbpo_jax.reporting.writers import METRICS, MetricWriter
 from hbpo_jax.structs import Rollouts
 
 # Metrics of minibatches of which a step shows the largest, or the sum; of all others it shows the mean.
@@ -52,12 +55,20 @@ class StepLog:
     self._cfg, self._console, self._n_prefix_G = cfg, console, n_prefix_G
     self._writer = MetricWriter(workdir, cfg.log, config_lib.to_json_dict(cfg), start_step)
     self._samples = SampleLog(workdir, cfg.log, start_step)
+    self._watch = alarms.Watch(cfg.alarms, cfg.rollout.budgets)
+    self._watch.replay(read_rows(pathlib.Path(workdir) / METRICS))
+    console.set_alarms(self._watch.active)
     self._pending: tuple[int, StepRecord] | None = None
+    self._further: dict[str, float] = {}
 
   def defer(self, step: int, record: StepRecord) -> None:
     """Keeps a finished step until `flush`."""
     self.flush()
     self._pending = (step, record)
+
+  def annotate(self, metrics: Mapping[str, float]) -> None:
+    """Adds numbers by tag to the row of the step that is deferred."""
+    self._further |= metrics
 
   def flush(self) -> None:
     """Writes and shows the step that was deferred, if there is one."""
@@ -67,8 +78,12 @@ class StepLog:
     record = dataclasses.replace(
         record, reward_BGJ=np.asarray(record.reward_BGJ), advantage=jax.device_get(record.advantage),
         updates=jax.device_get(record.updates), extra=jax.device_get(record.extra))
-    metrics = self._metrics(record)
+    metrics, self._further = self._metrics(record) | self._further, {}
     self._writer.write(step, metrics)
+    if self._writer.due(step):  # The report finds the same alarms in the same rows.
+      for alarm in self._watch.observe(step, metrics):
+        self._console.alarm(alarm)
+      self._console.set_alarms(self._watch.active)
     self._console.step(step, metrics)
     if self._samples.due(step):
       rows = self._samples.write(

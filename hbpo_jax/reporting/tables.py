@@ -17,10 +17,14 @@ Level = int | float | str | None
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table of ready-made text. The last row is the total; the first column is aligned left, the others right."""
+  """A table of ready-made text; the first column is aligned left, the others right.
+
+  has_total: whether the last row is the total of the others.
+  """
   title: str
   columns: tuple[str, ...]
   rows: tuple[tuple[str, ...], ...]
+  has_total: bool = True
 
   def to_rich(self) -> rich.table.Table:
     """For a terminal; text is shown as it is, never read as markup."""
@@ -28,9 +32,9 @@ class Table:
     for i, column in enumerate(self.columns):
       table.add_column(rich.text.Text(plain(column)), justify="left" if i == 0 else "right")
     for i, row in enumerate(self.rows):
-      last = i == len(self.rows) - 1
+      total = len(self.rows) - 1 if self.has_total else len(self.rows)
       cells = [rich.text.Text(plain(cell)) for cell in row]
-      table.add_row(*cells, style="bold" if last else "", end_section=i == len(self.rows) - 2)
+      table.add_row(*cells, style="bold" if i == total else "", end_section=i == total - 1)
     return table
 
   def to_markdown(self) -> str:

@@ -17,6 +17,9 @@ from hbpo_jax.files import StepFile, atomic_write_text
 _TAG = re.compile(r"[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)*")
 
 
+METRICS = "metrics.jsonl"
+
+
 class _Sink(Protocol):
   def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -64,13 +67,17 @@ class MetricWriter:
     """
     if self._closed:
       raise ValueError(f"step={step} written after close(); close the writer when the run is over.")
-    if step % self._every:
+    if not self.due(step):
       return
     if bad := [tag for tag in metrics if not _TAG.fullmatch(tag)]:
       raise ValueError(f"metric tag {bad[0]!r} has characters outside [A-Za-z0-9_.-/]; rename it.")
     numbers = {tag: float(value) for tag, value in metrics.items()}
     for sink in self._sinks:
       sink.write(step, numbers)
+
+  def due(self, step: int) -> bool:
+    """Whether the row of this step is written: every `log.every` steps."""
+    return step % self._every == 0
 
   def close(self) -> None:
     """Flushes and closes all writers; calling it again does nothing."""
@@ -90,7 +97,7 @@ class MetricWriter:
 class _JsonLines:
 
   def __init__(self, workdir: pathlib.Path, resume_step: int):
-    self._log = StepFile(workdir / "metrics.jsonl", resume_step)
+    self._log = StepFile(workdir / METRICS, resume_step)
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     self._log.write(step, [metrics])

@@ -7,6 +7,7 @@ import pytest
 
 from hbpo_jax.config import LogConfig
 from hbpo_jax.reporting import console, tables, text
+from hbpo_jax.reporting.alarms import Alarm
 
 METRICS = {
     "reward": 3.1239, "accuracy": 0.8125, "mean_tokens": 312.46, "tokens_per_s": 1234.5, "truncated": 0.1,
@@ -16,6 +17,9 @@ METRICS = {
     "time/rollout_host_s": 0.125, "budget_1024/intra": -0.5, "budget_1024/sentence_probability": 1.5e-9,
 }
 HOSTILE = "a\x1b[2J\x1b]0;title\x07[bold red]b[/] [/nothing] \u202ec\x9bd\rz\ud800 \u2028:smile:"
+
+ALARM = Alarm(
+    "clipping", 9, 0.5, 0.3, "50% of the tokens are clipped (mean of 10 rows), more than 30%; lower the learning rate.")
 
 
 class Terminal(io.StringIO):
@@ -123,3 +127,49 @@ def test_live_can_be_turned_off(terminal):
   with console.Console(LogConfig(live=False), 2, file=terminal) as view:
     view.step(0, METRICS)
   assert "\x1b" not in terminal.getvalue() and terminal.getvalue().startswith("step 1/2  reward 3.124")
+
+
+def test_alarms_are_lines_and_marks_without_a_terminal():
+  out = io.StringIO()
+  with console.Console(LogConfig(), 200, 9, file=out, clock=Clock(0, 1, 2, 3)) as view:
+    view.alarm(ALARM)
+    view.set_alarms([ALARM, Alarm("no_signal", 9, 1.0, 0.9, "")])
+    view.step(9, {})
+    view.set_alarms([ALARM])
+    view.step(10, {})
+    view.set_alarms([])
+    view.step(11, {})
+  first, *lines = out.getvalue().splitlines()
+  assert first == "! clipping (step 10): " + ALARM.text
+  assert [line.partition("left ")[2].partition("  ")[2] for line in lines] == [
+      "! clipping  ! no_signal", "! clipping", ""]
+
+
+def test_active_alarms_are_red_below_the_live_view(terminal):
+  with console.Console(LogConfig(), 200, file=terminal, clock=Clock(0, 60, 61, 62)) as view:
+    view.step(9, METRICS)
+    assert "clipping" not in terminal.getvalue()
+    view.set_alarms([ALARM])
+    view.step(10, METRICS)
+    raised = terminal.getvalue()
+    view.set_alarms([])
+    view.step(11, METRICS)
+    after = terminal.getvalue()[len(raised):]
+  marked = [line for line in re.split(r"\r?\n", raised) if "clipping" in line]
+  assert len(marked) == 1 and "\x1b[1;31m! clipping, since step 10: 50% of the tokens" in marked[0]
+  assert "…" in marked[0]  # One line, however long the sentence is.
+  assert raised.rindex("clipping") > raised.rindex("1024")  # Below the table of budgets.
+  assert "clipping" not in after
+
+
+def test_an_alarm_cannot_steer_the_terminal(terminal):
+  hostile = Alarm(HOSTILE, 0, 1.0, 0.0, HOSTILE)
+  out = io.StringIO()
+  for file in (terminal, out):
+    with console.Console(LogConfig(), 2, file=file) as view:
+      view.alarm(hostile)
+      view.set_alarms([hostile])
+      view.step(0, {})
+    for bad in ("\x1b[2J", "\x1b]0;", "\x07", "\u202e", "\x9b", "\ud800"):
+      assert bad not in file.getvalue()
+    assert "\\x1b[2J" in file.getvalue() and "[bold red]b[/]" in file.getvalue()

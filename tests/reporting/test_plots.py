@@ -40,9 +40,10 @@ def test_length_by_budget():
 
 
 def test_running_mean_is_centred_and_leaves_gaps():
-  smooth = plots._smooth(np.array([1.0, 2.0, np.nan, 4.0, 9.0]), 3)
+  smooth = plots.smooth(np.array([1.0, 2.0, np.nan, 4.0, 9.0]), 3)
   np.testing.assert_allclose(smooth, [1.5, 1.5, np.nan, 6.5, 6.5])
-  assert plots._window(ROWS, None) == 1 and plots._window(ROWS * 50, None) == 5 and plots._window(ROWS, 4) == 5
+  assert plots.centred_window(ROWS, None) == 1
+  assert plots.centred_window(ROWS * 50, None) == 5 and plots.centred_window(ROWS, 4) == 5
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 6, 8])
@@ -98,7 +99,7 @@ def test_reward_curves():
 
 
 def test_budget_colours_differ_and_are_dark_enough_to_read():
-  colours = np.array([to_rgba(c)[:3] for c in plots._spread(8)])
+  colours = np.array([to_rgba(c)[:3] for c in plots.ordered_colors(8)])
   luminance = colours @ [0.2126, 0.7152, 0.0722]
   assert (np.diff(luminance) > 0.01).all() and luminance.max() < 0.75
 
