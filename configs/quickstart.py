@@ -56,4 +56,6 @@ def get_config():
   cfg.eval.temperature = 1.0
   cfg.eval.top_p = 1.0
   cfg.eval.batch_queries = 128
+  cfg.eval.every = 20
+  cfg.eval.n_during = 128
   return cfg

@@ -2,28 +2,43 @@
 
 import dataclasses
 import pathlib
+import time
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
-import numpy as np
 import transformers
 
-from hbpo_jax import validation
+from hbpo_jax import run_info, validation
 from hbpo_jax.config import Config
 from hbpo_jax.data.prompts import PromptBuilder
-from hbpo_jax.models import architecture, presets, sharding, weights
+from hbpo_jax.learning import checkpoint
+from hbpo_jax.models import architecture, decoder, presets, sharding, weights
 from hbpo_jax.models.architecture import Architecture
+from hbpo_jax.reporting.console import Console
 from hbpo_jax.rollout import engine, sampling
 from hbpo_jax.rollout.shape import SLOTS_PER_SHARD
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """An opened checkpoint; nothing of its weights is read yet."""
+  """An opened checkpoint; nothing of its weights is read yet.
+
+  directory: of the Hugging Face files.
+  trained: the folder of a training run's checkpoint, whose weights take the place of the directory's; or None.
+  """
   directory: pathlib.Path
   arch: Architecture
   builder: PromptBuilder
   mesh: Mesh
+  trained: pathlib.Path | None = None
+
+  @property
+  def identity(self) -> dict[str, str]:
+    """What tells its weights from others: path, and a fingerprint that reads a part of the files."""
+    path = self.trained or self.directory
+    files = checkpoint.fingerprint_files(path) if self.trained else weights.fingerprint(path)
+    return {"path": str(path), "fingerprint": files}
 
 
 def open_model(cfg: Config) -> Model:
@@ -43,6 +58,60 @@ def open_model(cfg: Config) -> Model:
   longest = int(builder.prefix(cfg.rollout.budgets)[1].max())
   validation.validate(cfg, n_devices=jax.device_count(), arch=arch, prefix_tokens=longest)
   return Model(directory, arch, builder, sharding.make_mesh(cfg.mesh))
+
+
+def open_for_evaluation(cfg: Config) -> Model:
+  """As `open_model`, for a checkpoint that is only to be evaluated, which may also be one of a training run.
+
+  Raises:
+    ValueError, FileNotFoundError: name the field or file, the value and the remedy.
+  """
+  validation.validate_evaluation(cfg, n_devices=jax.device_count())
+  if not cfg.model.path:
+    raise ValueError(
+        "model.path='' names no checkpoint; give a Hugging Face directory, a hub id, or RUN/checkpoints/STEP.")
+  found = checkpoint.locate(cfg.model.path)
+  source, revision = cfg.model.path, cfg.model.revision
+  if found is not None:
+    settings = run_info.read_config(found[0])
+    source, revision = settings["model"]["path"], settings["model"]["revision"]
+  directory = weights.resolve(source, revision)
+  arch = architecture.from_hf_config(directory)
+  builder = PromptBuilder(load_tokenizer(directory, arch), cfg, str(directory))
+  trained = pathlib.Path(cfg.model.path).expanduser() if found else None
+  return Model(directory, arch, builder, sharding.make_mesh(cfg.mesh), trained)
+
+
+def load_params(cfg: Config, model: Model) -> dict:
+  """The params of an opened checkpoint, in model.compute_dtype, or as a training run saved them.
+
+  Raises:
+    ValueError, FileNotFoundError: when a file is missing or damaged; names it.
+  """
+  if model.trained is None:
+    return weights.load(model.directory, model.arch, model.mesh, param_dtype=cfg.model.compute_dtype)
+  run, step = model.trained.parent.parent, int(model.trained.name)
+  dtype = jnp.dtype(run_info.read_config(run)["model"]["param_dtype"])
+  shapes = jax.eval_shape(lambda key: decoder.init(model.arch, key, dtype), jax.random.key(0))
+  abstract = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+      sharding.param_shardings(model.arch, model.mesh))
+  with checkpoint.Checkpointer(model.trained.parent, cfg.checkpoint, must_exist=True) as checkpoints:
+    return checkpoints.restore_params(step, abstract)
+
+
+def compile_samplers(console: Console, **samplers) -> None:
+  """Compiles every program that the samplers can need, so that none is compiled in mid-run; says how far it is."""
+  for name, sampler in samplers.items():
+    if sampler is not None:
+      started = time.perf_counter()
+
+      def progress(done: int, total: int, name=name, started=started) -> None:
+        if done in (1, total) or done % max(1, total // 4) == 0:
+          spent_s = time.perf_counter() - started
+          console.message(f"compiling the sampler for {name}: {done} of {total} programs, {spent_s:.0f} s")
+
+      sampler.warm_up(progress)
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -90,18 +159,19 @@ def training_engine(cfg: Config, model: Model, *, n_queries: int | None = None) 
       model.arch, model.mesh, shape, draws, compute_dtype=cfg.model.compute_dtype, cfg=cfg.rollout)
 
 
-def evaluation_engine(cfg: Config, model: Model, n_queries: int) -> engine.Engine:
-  """The sampler of `eval.mode`: one subgroup, eval.samples_per_problem responses to each of n_queries problems."""
+def evaluation_engine(
+    cfg: Config, model: Model, *, n_queries: int, n_samples: int, n_prompt_slots: int, n_new: int,
+    n_prefix: tuple[int, ...]) -> engine.Engine:
+  """The sampler of an evaluation: one subgroup per mode, n_samples responses of at most n_new tokens in each."""
   shape = engine.Shape(
-      n_queries=n_queries, n_prompt_slots=cfg.data.max_prompt_tokens, n_rollouts=cfg.eval.samples_per_problem,
-      caps=(cfg.eval.max_new_tokens or cfg.reward.max_response_tokens,),
-      n_prefix=tuple(int(n) for n in model.builder.prefix(cfg.eval.mode)[1]), count_prefix=True, prefix_has_loss=True)
+      n_queries=n_queries, n_prompt_slots=n_prompt_slots, n_rollouts=n_samples, caps=(n_new,) * len(n_prefix),
+      n_prefix=n_prefix, count_prefix=True, prefix_has_loss=True)
   draws = sampling.make_sampling(cfg.eval.temperature, cfg.eval.top_p, cfg.eval.top_k, model.builder.eos_ids)
   # The slots and the list of buckets in the settings are for training's lengths; longer responses get fewer slots, so
   # that the cache is no larger.
   n_shards = model.mesh.size // model.mesh.shape["tensor"]
   slots = cfg.rollout.slots or SLOTS_PER_SHARD * n_shards
-  columns = shape.n_prompt_slots + np.array([max(cfg.caps), max(shape.caps)])
+  columns = (cfg.data.max_prompt_tokens + max(cfg.caps), n_prompt_slots + n_new)
   slots = max(n_shards, min(slots, slots * columns[0] // columns[1]))
   rollout = dataclasses.replace(cfg.rollout, slots=int(slots), length_buckets=())
   return engine.Engine(model.arch, model.mesh, shape, draws, compute_dtype=cfg.model.compute_dtype, cfg=rollout)

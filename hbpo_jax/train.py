@@ -14,11 +14,12 @@ import time
 import jax
 import numpy as np
 
-from hbpo_jax import assemble, evaluate, flags, run_info
+from hbpo_jax import assemble, flags, preview, run_info
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config
 from hbpo_jax.data import problems as problems_lib
 from hbpo_jax.data.pipeline import Pipeline, PipelineIterator
+from hbpo_jax.evaluation.during import Evaluations
 from hbpo_jax.grading.judge import Judge
 from hbpo_jax.learning.checkpoint import Checkpointer
 from hbpo_jax.learning.learner import Learner, check_finite
@@ -45,18 +46,22 @@ class Trainer:
   learner: Learner
   reference: Reference | None
   checkpoints: Checkpointer
+  evaluations: Evaluations
   log: StepLog
 
   def train(self, state: TrainState, start: int, wall_s: "WallClock") -> TrainState:
     """Algorithm 1 from step `start` to the last; every step is in a checkpoint or will be computed again."""
     for step in range(start, self.cfg.steps):
       state = self._step(step, state)
+      meta = lambda: {
+          "data_state": self.batches.get_state(), "config": config_lib.to_json_dict(self.cfg), "wall_s": wall_s()}
+      if self.evaluations.due(step + 1):
+        self.log.annotate(self.evaluations.during(step + 1, state, meta))
       if self.checkpoints.due(step + 1, last=self.cfg.steps):
         self.log.flush()  # A saved step is a logged step: a resumed run leaves no gap.
         self.checkpoints.wait()
         self.judge.forget_before(min(self.checkpoints.steps(), default=0))
-        self.checkpoints.save(step + 1, state, {
-            "data_state": self.batches.get_state(), "config": config_lib.to_json_dict(self.cfg), "wall_s": wall_s()})
+        self.checkpoints.save(step + 1, state, meta())
     self.log.flush()
     return state
 
@@ -73,7 +78,7 @@ class Trainer:
     responses = {}
     for finished in generation:
       for index in map(tuple, finished.tolist()):
-        responses[index] = evaluate.decode_response(self.model.builder, rollouts, index)
+        responses[index] = self.model.builder.decode(rollouts.response(*index))
         grading.submit(index, responses[index], problems[index[0]])
     clock.lap("rollout_s")
 
@@ -123,20 +128,6 @@ def rewards_and_advantages(n_gen_BGJ, score_BGJ, finished_BGJ, *, cfg: Config):
   has_baseline = cfg.reward.form in reward_lib.FORMS_WITH_BASELINE
   baseline_G = reward_lib.baseline(budget_tokens_G, cfg=cfg.reward) if has_baseline else None
   return reward_BGJ, advantage_lib.compute(reward_BGJ, baseline_G, cfg=cfg.advantage)
-
-
-def compile_samplers(console: Console, **samplers) -> None:
-  """Compiles every program that the samplers can need, so that none is compiled in mid-run; says how far it is."""
-  for name, sampler in samplers.items():
-    if sampler is not None:
-      started = time.perf_counter()
-
-      def progress(done: int, total: int, name=name, started=started) -> None:
-        if done in (1, total) or done % max(1, total // 4) == 0:
-          spent_s = time.perf_counter() - started
-          console.message(f"compiling the sampler for {name}: {done} of {total} programs, {spent_s:.0f} s")
-
-      sampler.warm_up(progress)
 
 
 def training_key(seed: int) -> jax.Array:
@@ -194,7 +185,6 @@ def main(cfg: Config, workdir: str) -> None:
 
   with contextlib.ExitStack() as stack:
     judge = stack.enter_context(Judge(cfg, root / "verdicts"))
-    evaluation = evaluate.Evaluation(cfg, model, eval_problems, judge) if eval_problems else None
     checkpoints = stack.enter_context(Checkpointer(root / "checkpoints", cfg.checkpoint))
     batches = iter(data)
     state, start, wall_s.earlier_s = first_state(cfg, model, learner, checkpoints, batches)
@@ -205,23 +195,19 @@ def main(cfg: Config, workdir: str) -> None:
           model.directory, model.arch, model.mesh, param_dtype=cfg.model.compute_dtype))
 
     console = stack.enter_context(Console(cfg.log, cfg.steps, start))
-    console.header(_header(cfg, model, data, len(eval_problems), start))
+    findings = preview.write(cfg, root / "preview")
+    console.header([*_header(cfg, model, data, len(eval_problems), start), *findings.brief()])
     log = stack.enter_context(contextlib.closing(StepLog(cfg, root, start, console, engine.shape.n_prefix)))
 
-    def measure(name: str) -> dict | None:
-      if evaluation is None:
-        return None
-      progress = lambda done, total: console.message(f"evaluation {name}: {done} of {total} problems")
-      return evaluate.measure_once(root / "eval" / name, evaluation, state.params, progress)
-
-    compile_samplers(console, training=engine, evaluation=evaluation)
-    base = measure("base")
-    trainer = Trainer(cfg, model, batches, engine, judge, learner, reference, checkpoints, log)
+    evaluations = stack.enter_context(Evaluations(cfg, model, eval_problems, judge, root, console))
+    assemble.compile_samplers(console, training=engine, evaluation=evaluations.runner)
+    base = evaluations.before(start, state)
+    trainer = Trainer(cfg, model, batches, engine, judge, learner, reference, checkpoints, evaluations, log)
     state = trainer.train(state, start, wall_s)
     checkpoints.wait()
     if cfg.checkpoint.export:
       weights.export(state.params, model.arch, model.directory, root / "export")
-    trained = measure("trained")
+    trained = evaluations.after(state)
     log.close()
     plots.write_plots(root, base, trained)
     summary = summary_lib.write_summary(root, base, trained, config_lib.to_json_dict(cfg), wall_s())

@@ -23,8 +23,16 @@ from hbpo_jax.config import CheckpointConfig
 from hbpo_jax.structs import TrainState
 
 ITEMS = ("state", "meta")
+FOLDERS = ("checkpoints", "best")  # of a run, which hold one folder per step
 CHECKSUMS = "checksums.json"
 _log = logging.getLogger(__name__)
+
+
+def locate(path: str | os.PathLike) -> tuple[pathlib.Path, int] | None:
+  """(the run's directory, the step) where a path is RUN/checkpoints/STEP or RUN/best/STEP, a checkpoint; else None."""
+  folder = pathlib.Path(path).expanduser()
+  known = folder.name.isdecimal() and folder.parent.name in FOLDERS and (folder / ITEMS[0]).is_dir()
+  return (folder.parent.parent, int(folder.name)) if known else None
 
 
 class DamagedCheckpointError(ValueError):
@@ -137,6 +145,36 @@ class Checkpointer:
           "give another --workdir to start over.")
     return None
 
+  def restore_params(self, step: int, abstract_params: Any) -> Any:
+    """The params of one checkpoint, without what else its state holds.
+
+    Args:
+      step: one of `steps()`.
+      abstract_params: shapes, dtypes and shardings; the mesh may be another than the one that saved.
+    Raises:
+      ValueError: when the checkpoint is damaged or does not fit; names it.
+    """
+    folder = self.directory / str(step)
+    try:
+      self._check_files(step)
+      content = self._read_meta(step)
+      wanted = {f".params{name}": kind for name, kind in _kinds(abstract_params).items()}
+      saved = {name: kind for name, kind in content["arrays"].items() if name.startswith(".params")}
+      if wanted != saved:
+        raise ValueError(
+            f"{folder} holds params of another model ({len(saved)} arrays; here {len(wanted)}, or of other shapes or "
+            "dtypes); its run.json and the base checkpoint do not belong together.")
+      with ocp.PyTreeCheckpointer() as reader:
+        params = reader.restore(folder / "state", args=ocp.args.PyTreeRestore(
+            item={"params": abstract_params}, partial_restore=True,
+            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract_params})))["params"]
+      for name, value in fingerprint(params).items():
+        if content["sums"][f".params{name}"] != value:
+          raise DamagedCheckpointError(f"array .params{name} does not match its checksum")
+    except (DamagedCheckpointError, OSError) as error:
+      raise ValueError(f"{folder} is damaged ({error}); give another step.") from error
+    return params
+
   def wait(self) -> None:
     """Returns when all saves are on disk."""
     self._manager.wait_until_finished()
@@ -244,6 +282,15 @@ def _mix(h: jax.Array) -> jax.Array:
   h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
   h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
   return h ^ (h >> 16)
+
+
+def fingerprint_files(folder: str | os.PathLike) -> str:
+  """What tells the weights of two checkpoints apart, hex: SHA-256 of the list of checksums.
+
+  Raises:
+    FileNotFoundError: when the list is missing, as the checkpoint was never finished.
+  """
+  return hashlib.sha256((pathlib.Path(folder) / CHECKSUMS).read_bytes()).hexdigest()
 
 
 def _file_checksums(folder: pathlib.Path) -> dict[str, str]:

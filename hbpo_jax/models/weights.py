@@ -6,6 +6,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -34,6 +35,7 @@ _HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merge
 _COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+_SAMPLE_BYTES = 2**20
 _BLOCK_BYTES = 8 * 2**20  # host memory of one piece on its way to the devices
 
 
@@ -79,6 +81,26 @@ def load(path: str | os.PathLike, arch: Architecture, mesh: Mesh, *, param_dtype
   return parameters.nest({
       row.path: _place(row, [tensors[name] for name in _names(row, arch)], mesh, jnp.dtype(param_dtype))
       for row in parameters.table(arch)})
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+  """What tells the weights of two checkpoint directories apart, hex; reads some MiB of each file.
+
+  SHA-256 of config.json and of each safetensors file's name, size, first, middle and last MiB.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load`.
+  """
+  directory = pathlib.Path(path)
+  digest = hashlib.sha256((directory / "config.json").read_bytes())
+  for file in sorted({tensor.file for tensor in _inspect(directory).values()}):
+    size = file.stat().st_size
+    digest.update(f"{file.name} {size}".encode())
+    with file.open("rb") as f:
+      for start in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
+        f.seek(start)
+        digest.update(f.read(_SAMPLE_BYTES))
+  return digest.hexdigest()
 
 
 def _inspect(directory: pathlib.Path) -> dict[str, Tensor]:
