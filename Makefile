@@ -44,10 +44,11 @@ $(VENV)/.test: pyproject.toml $(VENV)/.runtime
 
 setup: $(VENV)/.test  ## Create .venv with the package, the test and the development tools.
 
-quickstart: $(VENV)/.runtime  ## Warm start, HBPO and the before/after table on a CPU (RUNS/quickstart).
+quickstart: $(VENV)/.runtime  ## Warm start, HBPO, the before/after table and a report, on a CPU (RUNS/quickstart).
 	@test -d $(RUNS)/quickstart/warmstart/export || $(MAKE) --no-print-directory warmstart
 	JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.train --config=configs/quickstart.py --workdir=$(RUNS)/quickstart \
 	  --config.model.path=$(RUNS)/quickstart/warmstart/export
+	JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.report $(RUNS)/quickstart --out=$(RUNS)/quickstart/report
 
 warmstart: $(VENV)/.runtime  ## Only the supervised warm start of the quickstart.
 	JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.sft --config=configs/quickstart.py --workdir=$(RUNS)/quickstart/warmstart
