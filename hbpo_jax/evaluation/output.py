@@ -27,7 +27,6 @@ def tables(evaluated: Evaluated, results: dict[str, Any], *, patterns: bool = Tr
   Args:
     patterns: False leaves the reasoning patterns out, whose table is wider than a terminal.
   """
-  name = pathlib.Path(str(evaluated.manifest["model"].get("path", ""))).name or evaluated.directory.name
-  run = paper_tables.Measured(name, results, evaluated, {})
+  run = paper_tables.Measured(evaluated.directory.resolve().name, results, evaluated, {})
   details = [paper_tables.details_table([run], benchmark) for benchmark in results["benchmarks"]]
   return [*details, *([paper_tables.patterns_table([run])] if patterns else []), paper_tables.main_table([run])]

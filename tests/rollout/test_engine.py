@@ -149,8 +149,8 @@ def test_the_order_of_the_queue_changes_nothing(run, monkeypatch):
   eng, params, prompts, _ = run
   in_order = schedule.largest_limit_first
 
-  def shuffled(*args):
-    work = in_order(*args)
+  def shuffled(*args, **options):
+    work = in_order(*args, **options)
     order = np.random.default_rng(3).permutation(len(work))
     return schedule.Work(*(getattr(work, f.name)[order] for f in dataclasses.fields(work)))
 
@@ -160,6 +160,38 @@ def test_the_order_of_the_queue_changes_nothing(run, monkeypatch):
   got = eng.generate(params, prompts, KEY)
   monkeypatch.setattr(schedule, "largest_limit_first", in_order)
   assert_same(got, eng.generate(params, prompts, KEY))
+
+
+def test_rollouts_that_are_not_wanted_are_left_out_and_change_no_other(run, monkeypatch):
+  eng, params, prompts, rollouts = run
+  monkeypatch.setattr(schedule.Schedule, "shrink", lambda self: None)
+  whole = eng.generate(params, prompts, KEY)
+  wanted = np.random.default_rng(1).random(rollouts.n_tokens_BGJ.shape) < 0.7
+  wanted[0] = False  # A query that nothing is wanted of is not even prefilled.
+  assert eng.plan.row_buckets[0] <= wanted.sum() < wanted.size
+  got = eng.generate(params, prompts, KEY, wanted_BGJ=wanted)
+  for name in ("n_tokens_BGJ", "n_gen_BGJ", "truncated_BGJ"):
+    np.testing.assert_array_equal(getattr(got, name), np.where(wanted, getattr(whole, name), 0))
+  for g in range(wanted.shape[1]):
+    for b, j in np.argwhere(wanted[:, g]):
+      np.testing.assert_array_equal(got.response(b, g, j), whole.response(b, g, j))
+    assert not got.completion_mask[g][~wanted[:, g]].any()
+  with pytest.raises(ValueError, match="leaves no rollout"):
+    eng.start(params, prompts, KEY, wanted_BGJ=np.zeros_like(wanted))
+
+
+def test_single_queries_may_have_lower_limits(run):
+  eng, params, prompts, rollouts = run
+  limit = np.full(rollouts.n_tokens_BGJ.shape[:2], 99)
+  limit[1] = 2
+  got = eng.generate(params, prompts, KEY, limit_BG=limit)
+  sampled = got.n_tokens_BGJ - np.array(eng.shape.n_prefix)[:, None]
+  assert (sampled[1] <= 2).all() and (got.truncated_BGJ[1] | (sampled[1] <= 2)).all()
+  assert got.truncated_BGJ[1].any() and (sampled[2:] > 2).any()
+  for g in range(limit.shape[1]):
+    for j in range(sampled.shape[2]):
+      n = int(got.n_tokens_BGJ[1, g, j])
+      np.testing.assert_array_equal(got.response(1, g, j), rollouts.tokens[g][1, j, :n])
 
 
 @pytest.mark.parametrize("changes", [

@@ -26,7 +26,7 @@ def test_smoke_runs_every_stage(tmp_path):
   assert summary["measured_on"] == "evaluation" and summary["steps"] == 3
   assert {row["level"] for row in summary["base"]["by_level"]} == {1, 2}
   assert [row["step"] for row in runs.rows(tmp_path / "metrics.jsonl")] == [0, 1, 2]
-  assert len(runs.rows(tmp_path / "eval" / "trained.jsonl")) == 16
+  assert len(runs.rows(tmp_path / "eval" / "trained" / "responses" / "eval.jsonl")) == 16
   for file in ("run.json", "summary.md", "plots/difficulty.png", "plots/length_by_budget.png", "export/config.json"):
     assert (tmp_path / file).exists(), file
   assert list((tmp_path / "tensorboard").iterdir())

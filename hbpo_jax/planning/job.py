@@ -1,0 +1,202 @@
+"""What is planned: a configuration, its network, and the static sizes that the run would have on a topology."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+import types
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+import numpy as np
+
+from hbpo_jax import validation
+from hbpo_jax.config import Config
+from hbpo_jax.learning import scoring
+from hbpo_jax.learning.learner import Learner
+from hbpo_jax.models import architecture, presets, sharding, slots
+from hbpo_jax.models.architecture import Architecture
+from hbpo_jax.models.publish import Publisher
+from hbpo_jax.planning.chips import Topology
+from hbpo_jax.rollout.shape import Plan, Shape, make_layout, make_plan
+from hbpo_jax.structs import Batch, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One run on one topology; no weights, no devices.
+
+  mesh: of absent devices (an AbstractMesh), or a Mesh.
+  n_prefix: [G], tokens of each budget sentence.
+  layout, shape, plan: of the training engine.
+  """
+  cfg: Config
+  arch: Architecture
+  topology: Topology
+  mesh: Any
+  n_prefix: tuple[int, ...]
+  layout: slots.Layout
+  shape: Shape
+  plan: Plan
+
+  @property
+  def shards(self) -> int:
+    """Devices over which rows are split, data x fsdp."""
+    return self.mesh.size // self.tensor
+
+  @property
+  def tensor(self) -> int:
+    """Devices over which heads, MLP and vocabulary are split."""
+    return self.mesh.shape["tensor"]
+
+  @property
+  def n_rows(self) -> int:
+    """Rollouts of a step, over all devices."""
+    return self.shape.n_responses
+
+  @property
+  def n_columns(self) -> int:
+    """T, token columns of a row in scoring and updates."""
+    return self.shape.n_prompt_slots + max(self.shape.widths)
+
+  @functools.cached_property
+  def learner(self) -> Learner:
+    """The trainer, of which nothing is compiled here."""
+    return Learner(self.arch, self.cfg, self.mesh)
+
+  @functools.cached_property
+  def state(self) -> TrainState:
+    """Shapes and shardings of the trainer's state."""
+    return self.learner.abstract_state()
+
+  @functools.cached_property
+  def sampler(self) -> Any:
+    """Shapes and shardings of the sampler's weights."""
+    return self.publisher.abstract()
+
+  @functools.cached_property
+  def publisher(self) -> Publisher:
+    """What makes the sampler's copy of the weights."""
+    return Publisher(self.arch, self.mesh, self.layout, gather=self.cfg.rollout.gather_weights)
+
+  def micro_batches(self, n_rows: int, *, update: bool) -> tuple[int, int]:
+    """(micro-batches of n_rows, rows of each per device), as the learner cuts them to score or to update."""
+    size = self.cfg.learner.microbatch_rows
+    if not update:
+      size = size or max(n_rows // self.cfg.learner.minibatches, 1)
+    n_micro = scoring.count_micro_batches(n_rows, size, self.shards)
+    return n_micro, math.ceil(n_rows // self.shards / n_micro)
+
+  def batch(self, n_rows: int, *, scored: bool) -> Batch:
+    """Shapes and shardings of a batch of rows; with what an update reads, if `scored`."""
+    P, C = self.shape.n_prompt_slots, max(self.shape.widths)
+    rows = sharding.batch_sharding(self.mesh, 1)
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct((n_rows, *shape), dtype, sharding=rows)
+    loss = self.cfg.loss
+    return Batch(
+        tokens_RT=of(jnp.int32, P + C), segment_RT=of(jnp.int32, P + C), position_RT=of(jnp.int32, P + C),
+        completion_mask_RC=of(jnp.bool_, C), advantage_R=of(jnp.float32) if scored else None,
+        logp_old_RC=of(jnp.float32, C) if scored else None,
+        logp_ref_RC=of(jnp.float32, C) if scored and loss.kl_coef != 0 else None,
+        logp_sampler_RC=of(jnp.float32, C) if scored and loss.importance_cap is not None else None)
+
+  def live(self) -> tuple[Any, Any]:
+    """(shapes and shardings of the engine's cache at its largest, and of its hidden states)."""
+    columns = slots.context_columns(
+        self.shape.n_prompt_slots, max(self.n_prefix), self.plan.segment_steps) + self.plan.length_buckets[-1]
+    rows = self.plan.row_buckets[0]
+    cache = jax.eval_shape(lambda: slots.new_cache(self.arch, self.layout, rows, columns))
+    hidden = jax.ShapeDtypeStruct((rows, self.arch.hidden_size), self.layout.dtype)
+    return self._place(cache, "batch"), self._place(hidden, "batch")
+
+  def pool(self) -> Any:
+    """Shapes and shardings of the pool of prompts and budget sentences."""
+    pool = jax.eval_shape(lambda: slots.new_pool(
+        self.arch, self.layout, self.shape.n_queries, self.shape.n_prompt_slots, len(self.n_prefix),
+        max(self.n_prefix)))
+    return pool.replace(**{
+        f.name: self._place(getattr(pool, f.name), "none") for f in dataclasses.fields(pool)})
+
+  def _place(self, tree: Any, rows: str) -> Any:
+    def one(x):
+      axes = slots.cache_axes(x.ndim, rows) if x.ndim > 3 else (rows, *("none",) * (x.ndim - 1))
+      spec = sharding.partition_spec(axes, x.shape, self.mesh)
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec))
+
+    return jax.tree.map(one, tree)
+
+
+def make_job(cfg: Config, arch: Architecture, topology: Topology, n_prefix: tuple[int, ...], mesh: Any = None) -> Job:
+  """The Job of a configuration on a topology.
+
+  Args:
+    mesh: of the topology's devices; None stands for absent ones.
+  Raises:
+    ValueError: when the settings do not fit the devices, the network or each other.
+  """
+  validation.validate(cfg, n_devices=topology.n_devices, arch=arch, prefix_tokens=max(n_prefix))
+  if mesh is None:
+    m = cfg.mesh
+    fsdp = topology.n_devices // (m.data * m.tensor) if m.fsdp == -1 else m.fsdp
+    mesh = AbstractMesh((m.data, fsdp, m.tensor), sharding.AXES, (AxisType.Auto,) * len(sharding.AXES))
+  shape = Shape(
+      n_queries=cfg.rollout.queries, n_prompt_slots=cfg.data.max_prompt_tokens, n_rollouts=cfg.rollouts_per_budget,
+      caps=cfg.caps, n_prefix=n_prefix, count_prefix=cfg.rollout.count_prefix_tokens,
+      prefix_has_loss=cfg.prompt.prefix_role == "action")
+  # Only the platform of its devices is read.
+  tpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="tpu")]))
+  layout = make_layout(cfg.rollout, cast(Any, tpu), cfg.model.compute_dtype)
+  n_shards = mesh.size // mesh.shape["tensor"]
+  return Job(cfg, arch, topology, mesh, n_prefix, layout, shape, make_plan(shape, n_shards, cfg.rollout, layout))
+
+
+def find_architecture(cfg: Config) -> tuple[Architecture, str, pathlib.Path | None]:
+  """(the network, where it was read, the checkpoint's directory or None), without fetching anything.
+
+  Raises:
+    ValueError: when neither model.path's config.json is at hand nor model.preset is set, or they differ.
+  """
+  directory = _local_directory(cfg.model.path, cfg.model.revision)
+  if directory is not None:
+    arch = architecture.from_hf_config(directory)
+    if cfg.model.preset:
+      presets.check_preset(cfg.model.preset, arch)
+    return arch, f"{directory / 'config.json'}", directory
+  if cfg.model.preset:
+    return presets.preset(cfg.model.preset), f"preset {cfg.model.preset}", None
+  raise ValueError(
+      f"model.path={cfg.model.path!r} has no config.json on this machine, and model.preset='' names no architecture; "
+      f"download the checkpoint, or give --config.model.preset, one of {', '.join(sorted(presets.PRESETS))}.")
+
+
+def _local_directory(path: str, revision: str) -> pathlib.Path | None:
+  """Where a checkpoint's config.json lies: the path itself, or the hub's cache on this machine."""
+  if not path:
+    return None
+  directory = pathlib.Path(path).expanduser()
+  if (directory / "config.json").is_file():
+    return directory
+  if directory.exists() or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", path):
+    return None
+  try:
+    import huggingface_hub
+  except ImportError:
+    return None
+  found = huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision or None)
+  return pathlib.Path(found).parent if isinstance(found, str) else None
+
+
+def find_prefix(cfg: Config, arch: Architecture, directory: pathlib.Path | None) -> tuple[tuple[int, ...], str]:
+  """([G] tokens of each budget sentence, how they were found): the tokenizer's, or an estimate without one."""
+  if directory is not None and (directory / "tokenizer.json").is_file():
+    from hbpo_jax import assemble
+    from hbpo_jax.data.prompts import PromptBuilder
+    builder = PromptBuilder(assemble.load_tokenizer(directory, arch), cfg, str(directory))
+    return tuple(int(n) for n in builder.prefix(cfg.rollout.budgets)[1]), "counted with the checkpoint's tokenizer"
+  # A token for each word, digit and mark, and one for what may lie between.
+  n_tokens = lambda budget: 1 + len(
+      re.findall(r"[^\W\d]+|\d|[^\w\s]", cfg.prompt.budget_sentence.format(budget=budget)))
+  return tuple(map(n_tokens, cfg.rollout.budgets)), "assumed, a token per word, digit and mark: no tokenizer at hand"

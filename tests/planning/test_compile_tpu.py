@@ -1,0 +1,59 @@
+"""The whole command with TPU's compiler, for chips that are not there.
+
+    /tmp/tpu/bin/python -m pytest -m slow tests/planning/test_compile_tpu.py
+
+in an environment with libtpu (tests/models/test_kernels_tpu.py says how to make one).
+"""
+
+import dataclasses
+import json
+
+from hbpo_jax import flags
+from hbpo_jax.models import presets
+from hbpo_jax.planning import chips, estimate, job, memory, programs
+from hbpo_jax.planning import compile as compile_lib
+from hbpo_jax.planning.estimate import Lengths
+from tests import tpu
+
+pytestmark = tpu.marks
+
+
+def small(topology="v5e:2x4", **fields):
+  """Two layers of the 1.5B model, short rows."""
+  overrides = {
+      "data.max_prompt_tokens": 128, "reward.max_response_tokens": 512, "rollout.budgets": (128, 256, 384, 512),
+      "rollout.slots": 64, "rollout.queries": 16, "data.n_eval": 0, "learner.microbatch_rows": 16}
+  overrides |= {name.replace("__", "."): value for name, value in fields.items()}
+  cfg = flags.build(flags.load_config("r1_distill_qwen_1p5b"), overrides)
+  arch = dataclasses.replace(presets.preset("r1_distill_qwen_1p5b"), n_layers=2, vocab_size=8192)
+  return job.make_job(cfg, arch, chips.parse_topology(topology), (12, 13, 13, 13))
+
+
+def test_every_program_compiles_and_says_what_it_needs():
+  planned = small(loss__kl_coef=0.1)
+  said = compile_lib.compile_all(planned, programs.names(planned))
+  assert all(c.ok for c in said.values()), [c for c in said.values() if not c.ok]
+  for name, c in said.items():
+    known = memory.arguments(planned, name)
+    assert 0.98 * known <= c.argument <= 1.3 * known + 4e6, (name, known, c.argument)
+    assert c.temporary > 0 and not c.warnings
+  params = 4 * 2 * planned.state.params["layers"]["gate"].size  # float32, gate of all layers twice over
+  moved = {name: sum(x.total_bytes for x in c.collectives) for name, c in said.items()}
+  assert moved["update"] > params / 2 and moved["decode"] < 1e6
+  assert all(x.exact for name, c in said.items() if name != "decode" for x in c.collectives)
+  made = estimate.estimate(planned, Lengths(None, 64), said)
+  assert made.fits and json.dumps(made.to_json())
+
+
+def test_out_of_memory_is_an_answer():
+  planned = small(learner__microbatch_rows=0, reward__max_response_tokens=8192, rollout__queries=64)
+  said = compile_lib.compile_all(planned, ["update"])["update"]
+  assert said.needed > planned.topology.hbm_bytes and not said.error and not said.ok
+  assert not estimate.estimate(planned, Lengths(None, 64), {"update": said}).fits
+
+
+def test_single_chips_and_v4_with_both_cores():
+  for topology in ("v5e:1x1", "v4:2x2x1"):
+    planned = small(topology)
+    said = compile_lib.compile_all(planned, ["decode"])["decode"]
+    assert said.ok, said
