@@ -147,7 +147,11 @@ class OptimizerConfig:
 class LearnerConfig:
   """How a rollout batch becomes updates."""
   minibatches: int = setting(4, "Updates per rollout batch; divides rollout.queries.")
-  microbatch_rows: int = setting(0, "Rows per forward-backward; 0 means the whole minibatch. No effect on the result.")
+  pack: bool = setting(
+      True, "Whether several responses share a row, so that padding is not computed. No effect on the result.")
+  microbatch_rows: int = setting(
+      0, "Rows per forward-backward; 0 means a sixteenth of a minibatch's packed rows, or all of its unpacked ones. "
+      "No effect on the result.")
   logprob_chunk: int = setting(256, "Tokens per chunk of the log-probability computation.")
   nonfinite: str = setting("skip", "On a non-finite loss or gradient: 'skip' the update and count it, or 'stop'.")
 

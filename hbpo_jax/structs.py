@@ -59,13 +59,17 @@ class Rollouts:
 
 @struct.dataclass
 class Batch:
-  """Rows for scoring and updating: prompt (left-padded) then completion (right-padded), T = P + C.
+  """Rows for scoring and updating, T = P + C; completion slot c is token column P + c.
+
+  A row is one response: prompt (left-padded), then completion (right-padded). Or it is packed (`learning.packing`):
+  whole responses with their prompts one after the other, P = 1.
 
   tokens_RT: int32 [R, T].
-  segment_RT: int32 [R, T], 1 = real token, 0 = padding. Attention stays within a segment.
-  position_RT: int32 [R, T], rotary position: 0 at the first real token of the row.
-  completion_mask_RC: bool [R, C], True = carries loss; completion slot c is token column P + c.
-  advantage_R: float32 [R].
+  segment_RT: int32 [R, T], 0 = padding; tokens of one response share a number from 1 on. Attention stays within a
+    segment.
+  position_RT: int32 [R, T], rotary position: 0 at the first token of each response's prompt.
+  completion_mask_RC: bool [R, C], True = carries loss.
+  advantage_RC: float32 [R, C], or [R, 1] where a row is one response.
   logp_old_RC: float32 [R, C], trainer's own log-probabilities before the step's updates.
   logp_ref_RC: float32 [R, C] reference model's, or None when loss.kl_coef is 0.
   logp_sampler_RC: float32 [R, C], the sampler's, or None when loss.importance_cap is None.
@@ -74,7 +78,7 @@ class Batch:
   segment_RT: Array
   position_RT: Array
   completion_mask_RC: Array
-  advantage_R: Array | None = None
+  advantage_RC: Array | None = None
   logp_old_RC: Array | None = None
   logp_ref_RC: Array | None = None
   logp_sampler_RC: Array | None = None
@@ -130,6 +134,6 @@ def make_batch(prompts: Prompts, rollouts: Rollouts, advantage_BGJ: jax.Array | 
       segment_RT=real_RT.astype(jnp.int32),
       position_RT=jnp.where(real_RT, column_T - first_R[:, None], 0),
       completion_mask_RC=groups_to_rows(rollouts.completion_mask, C, False),
-      advantage_R=None if advantage_BGJ is None else advantage_BGJ.reshape(-1),
+      advantage_RC=None if advantage_BGJ is None else advantage_BGJ.reshape(-1, 1),
       logp_sampler_RC=groups_to_rows(rollouts.logp_sampler, C, 0.0),
   )

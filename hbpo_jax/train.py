@@ -32,7 +32,7 @@ from hbpo_jax.reporting import summary as summary_lib
 from hbpo_jax.reporting.console import Console
 from hbpo_jax.reporting.step_log import StepLog, StepRecord
 from hbpo_jax.rollout import engine as engine_lib
-from hbpo_jax.structs import TrainState, make_batch
+from hbpo_jax.structs import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Trainer:
     reward_BGJ, advantage = rewards_and_advantages(rollouts.n_gen_BGJ, score_BGJ, finished_BGJ, cfg=cfg)
 
     # pi_old (and pi_ref) by the trainer's own forward pass, then one update per minibatch.
-    batch = self.learner.place(make_batch(prompts, rollouts, advantage.total_BGJ))
+    batch, real_share = self.learner.make_batch(prompts, rollouts, advantage.total_BGJ)
     batch = batch.replace(logp_old_RC=self.learner.score(state.params, batch))
     gap = self.learner.sampler_gap(batch)
     if self.reference is not None:
@@ -115,7 +115,8 @@ class Trainer:
     self.log.defer(step, StepRecord(
         problems=problems, responses=[responses[index] for index in np.ndindex(shape)],
         reasons=[v.reason for v in verdict_R], score_BGJ=score_BGJ, rollouts=rollouts, reward_BGJ=reward_BGJ,
-        advantage=advantage, updates=updates, extra=gap, seconds=clock.laps, ledger=generation.ledger.metrics()))
+        advantage=advantage, updates=updates, extra=gap, seconds=clock.laps,
+        ledger=generation.ledger.metrics() | {"update/real_share": real_share}))
     return state
 
 

@@ -11,16 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 import optax
 
+from hbpo_jax import structs
 from hbpo_jax.config import Config, LossConfig
-from hbpo_jax.learning import optimizer, scoring
+from hbpo_jax.learning import optimizer, packing, scoring
 from hbpo_jax.learning.scoring import batch_logps, chunked_logps, score  # noqa: F401  (the room's front door)
 from hbpo_jax.models import decoder, sharding
 from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.objective import loss
-from hbpo_jax.structs import Batch, TrainState
+from hbpo_jax.structs import Batch, Prompts, Rollouts, TrainState
 
+_PARTS = 16  # Micro-batches of a packed minibatch, if all of its rows were used.
 Metrics = dict[str, jax.Array]
 # What one forward-backward returns: (token-mean loss [], its sums).
 LossFunction = Callable[[Any, Batch, jax.Array], tuple[jax.Array, loss.LossSums]]
@@ -33,7 +36,7 @@ def policy_loss(
   """A micro-batch's share of the minibatch's loss: sum over its tokens / tokens of the whole minibatch.
 
   Args:
-    batch: with advantage_R, logp_old_RC and what cfg.loss needs.
+    batch: with advantage_RC, logp_old_RC and what cfg.loss needs.
     n_tokens: float32 [], tokens that carry loss in the whole minibatch.
     temperature: float [], of the sampler.
   Returns:
@@ -42,12 +45,12 @@ def policy_loss(
     ValueError: when an array that the loss needs is None.
   Source: Eq. 6.
   """
-  if batch.advantage_R is None or batch.logp_old_RC is None:
-    missing = "advantage_R" if batch.advantage_R is None else "logp_old_RC"
+  if batch.advantage_RC is None or batch.logp_old_RC is None:
+    missing = "advantage_RC" if batch.advantage_RC is None else "logp_old_RC"
     raise ValueError(f"batch.{missing} is None; compute the advantages and score the batch before updating.")
   logp_RC = batch_logps(params, arch, cfg, batch, temperature, shards=shards)
   sums = loss.policy_sums(
-      logp_RC, batch.logp_old_RC, batch.advantage_R, batch.completion_mask_RC, cfg=cfg.loss,
+      logp_RC, batch.logp_old_RC, batch.advantage_RC, batch.completion_mask_RC, cfg=cfg.loss,
       logp_ref_RC=batch.logp_ref_RC, logp_sampler_RC=batch.logp_sampler_RC)
   return sums.loss / n_tokens, sums
 
@@ -78,17 +81,17 @@ def grads(
   n_tokens = jnp.sum(batch.completion_mask_RC, dtype=jnp.float32)
   divisor = jnp.maximum(n_tokens, 1.0)
 
-  def one(carry, micro):
+  def one(carry, _, micro):
     (_, sums), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, micro, divisor)
     total, total_sums = carry
-    return (pin(jax.tree.map(lambda a, g: a + g.astype(jnp.float32), total, gradient)), total_sums.add(sums)), None
+    return pin(jax.tree.map(lambda a, g: a + g.astype(jnp.float32), total, gradient)), total_sums.add(sums)
 
   def pin(tree):
     return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
 
   zeros = pin(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
   micro_batches = scoring.cut_micro_batches(batch, n_micro, shards)
-  (gradient, sums), _ = jax.lax.scan(one, (zeros, loss.LossSums.zero()), micro_batches)
+  gradient, sums = scoring.fold_micro_batches(one, (zeros, loss.LossSums.zero()), micro_batches)
   return gradient, sums, n_tokens
 
 
@@ -170,6 +173,7 @@ class Learner:
   """Jitted scoring and updates on one mesh. All methods take and return global arrays.
 
   Attributes:
+    micro_rows: rows of one forward-backward of a policy update.
     param_shardings: NamedSharding of every parameter.
     state_shardings: TrainState of NamedShardings; the optimizer's moments lie like their parameters.
     shards: devices over which rows are split (data x fsdp).
@@ -190,6 +194,7 @@ class Learner:
     total = cfg.steps * cfg.learner.minibatches if total_updates is None else total_updates
     self.arch, self.cfg, self.mesh = arch, cfg, mesh
     self.shards = mesh.size // mesh.shape["tensor"]
+    self.micro_rows = _micro_rows(cfg, self.shards)
     self.schedule = optimizer.learning_rate(cfg.optimizer, total)
     self._tx = optimizer.make(cfg.optimizer, total)
     self._rows = sharding.batch_sharding(mesh, 1)  # of the leading axis, whatever follows it
@@ -206,9 +211,9 @@ class Learner:
     self._init_opt = jax.jit(self._init_opt_traced, out_shardings=self.state_shardings.opt_state)
     self._score = jax.jit(
         self._score_traced, in_shardings=(self.param_shardings, self._rows, None), out_shardings=self._rows)
-    self._update = jit_update(functools.partial(self._update_traced, policy))
-    self._sft_update = jit_update(
-        functools.partial(self._update_traced, lambda p, b, n, _: supervised(p, b, n)))
+    self._update = jit_update(functools.partial(self._update_traced, policy, self.micro_rows))
+    self._sft_update = jit_update(functools.partial(
+        self._update_traced, lambda p, b, n, _: supervised(p, b, n), cfg.learner.microbatch_rows))
     self._split = jax.jit(self._split_traced, in_shardings=self._rows, out_shardings=self._rows)
     self._gap = jax.jit(functools.partial(sampler_gap, cfg=cfg.loss), in_shardings=self._rows, out_shardings=whole)
 
@@ -242,6 +247,25 @@ class Learner:
           "rollout.queries, rollout.rollouts_per_query or learner.minibatches, or the mesh.")
     return jax.device_put(batch, self._rows)
 
+  def make_batch(self, prompts: Prompts, rollouts: Rollouts, advantage_BGJ: Any) -> tuple[Batch, float]:
+    """The rows of a step for scoring and updates, packed or (learner.pack=False) one for each response.
+
+    Args:
+      prompts, rollouts: on the host.
+      advantage_BGJ: float [B, G, J].
+    Returns:
+      (Batch on the devices, without logp_old_RC; the share of real tokens in what will be computed).
+    """
+    advantage_BGJ = jax.device_get(advantage_BGJ)
+    if self.cfg.learner.pack:
+      batch, share = packing.pack(
+          prompts, rollouts, advantage_BGJ, n_minibatches=self.cfg.learner.minibatches, micro_rows=self.micro_rows,
+          shards=self.shards)
+      return self.place(batch), share
+    n_prompt_B = np.asarray(prompts.n_prompt_B)[:, None, None]
+    batch = structs.make_batch(prompts, rollouts, advantage_BGJ)
+    return self.place(batch), float((n_prompt_B + rollouts.n_tokens_BGJ).sum()) / batch.tokens_RT.size
+
   def score(self, params: Any, batch: Batch, temperature: float | None = None) -> jax.Array:
     """float32 [R, C]: log-probability of every real completion token, 0 at padding.
 
@@ -274,7 +298,7 @@ class Learner:
     """One policy update from one minibatch. The given state is consumed (donated).
 
     Args:
-      batch: advantage_R and logp_old_RC set; logp_ref_RC if kl_coef is not 0, logp_sampler_RC if importance_cap is set.
+      batch: advantage_RC and logp_old_RC set; logp_ref_RC if kl_coef is not 0, logp_sampler_RC if importance_cap is.
     Returns:
       (state, metrics), metrics on the device, float32 []: loss, policy_loss, kl_ref, clip_fraction_low, _high, _dual,
       ratio_mean, ratio_max, approx_kl, importance_mean, grad_norm (before clipping), lr, tokens, nonfinite.
@@ -304,7 +328,7 @@ class Learner:
   def _score_traced(self, params, batch, temperature):
     rows = batch.tokens_RT.shape[0]
     # Without a micro-batch size, as many rows at once as an update takes.
-    per_pass = self.cfg.learner.microbatch_rows or max(rows // self.cfg.learner.minibatches, 1)
+    per_pass = self.micro_rows or max(rows // self.cfg.learner.minibatches, 1)
     n_micro = scoring.count_micro_batches(rows, per_pass, self.shards)
     return score(params, self.arch, self.cfg, batch, temperature, shards=self.shards, n_micro=n_micro)
 
@@ -313,8 +337,8 @@ class Learner:
     rows = batch.tokens_RT.shape[0] // n
     return tuple(jax.tree.map(lambda x, i=i: x[i * rows:(i + 1) * rows], batch) for i in range(n))
 
-  def _update_traced(self, loss_fn, state, batch, temperature):
-    n_micro = scoring.count_micro_batches(batch.tokens_RT.shape[0], self.cfg.learner.microbatch_rows, self.shards)
+  def _update_traced(self, loss_fn, micro_rows, state, batch, temperature):
+    n_micro = scoring.count_micro_batches(batch.tokens_RT.shape[0], micro_rows, self.shards)
     gradient, sums, n_tokens = grads(
         lambda params, micro, n: loss_fn(params, micro, n, temperature), state.params, batch,
         n_micro=n_micro, shards=self.shards, shardings=self.param_shardings)
@@ -322,6 +346,17 @@ class Learner:
         "lr": self.schedule(state.update), "tokens": n_tokens}
     state, applied = apply(state, gradient, metrics["loss"], self._tx)
     return state, metrics | applied
+
+
+def _micro_rows(cfg: Config, shards: int) -> int:
+  """learner.microbatch_rows; where it is 0, the whole minibatch, but of packed rows a sixteenth, in whole shards.
+
+  Packed rows that stay empty are left out by whole micro-batches only.
+  """
+  if cfg.learner.microbatch_rows or not cfg.learner.pack:
+    return cfg.learner.microbatch_rows
+  rows = cfg.rollout.queries // cfg.learner.minibatches * cfg.rollout.rollouts_per_query
+  return math.ceil(rows / _PARTS / shards) * shards
 
 
 def _abstract_params(arch: Architecture, param_dtype: str) -> Any:

@@ -1,6 +1,6 @@
 """Log-probabilities of the completions' tokens, without ever holding an [R, T, V] array, and the micro-batch cut."""
 
-import functools
+from collections.abc import Callable
 import math
 from typing import Any
 
@@ -156,9 +156,14 @@ def score(
   """
   rows = batch.tokens_RT.shape[0]
   micro = cut_micro_batches(forward_fields(batch), n_micro, shards)
-  logp = jax.lax.map(
-      functools.partial(batch_logps, params, arch, cfg, temperature=temperature, shards=shards), micro)
-  return join_micro_batches(logp, rows, shards)
+
+  def one(logp, i, part):
+    return jax.lax.dynamic_update_index_in_dim(
+        logp, batch_logps(params, arch, cfg, part, temperature, shards=shards), i, axis=0)
+
+  mask = micro.completion_mask_RC
+  empty = constrain(jnp.zeros(mask.shape, jnp.float32), "none", "batch", "none")
+  return join_micro_batches(fold_micro_batches(one, empty, micro), rows, shards)
 
 
 def forward_fields(batch: Batch) -> Batch:
@@ -191,6 +196,26 @@ def cut_micro_batches(tree: Any, n_micro: int, shards: int) -> Any:
     return constrain(x, "none", "batch", *["none"] * (x.ndim - 2))
 
   return jax.tree.map(cut, tree)
+
+
+def fold_micro_batches(function: Callable[[Any, jax.Array, Batch], Any], carry: Any, micro: Batch) -> Any:
+  """Folds `function` over the micro-batches that hold a real token, in order; the others cost nothing.
+
+  How many there are is a number of the loop, not of its shape: any amount of padding runs one compiled program.
+
+  Args:
+    function: (carry, index int32 [], one micro-batch) -> carry.
+    micro: arrays [n_micro, ...], of `cut_micro_batches`.
+  """
+  used_n = jnp.any(micro.segment_RT != 0, axis=tuple(range(1, micro.segment_RT.ndim)))
+  order_n = jnp.argsort(~used_n, stable=True).astype(jnp.int32)
+
+  def body(turn, carry):
+    i = order_n[turn]
+    part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=0, keepdims=False), micro)
+    return function(carry, i, part)
+
+  return jax.lax.fori_loop(0, jnp.sum(used_n, dtype=jnp.int32), body, carry)
 
 
 def join_micro_batches(x: jax.Array, rows: int, shards: int) -> jax.Array:

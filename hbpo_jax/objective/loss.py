@@ -52,7 +52,7 @@ class LossSums:
 def policy_sums(
     logp_RC: jax.Array,
     logp_old_RC: jax.Array,
-    advantage_R: jax.Array,
+    advantage_RC: jax.Array,
     mask_RC: jax.Array,
     *,
     cfg: LossConfig,
@@ -61,7 +61,7 @@ def policy_sums(
 ) -> LossSums:
   """Sums of the clipped policy loss and its metrics over the tokens of `mask_RC`.
 
-  Per token, with r = exp(logp - logp_old) and the row's advantage A:
+  Per token, with r = exp(logp - logp_old) and the response's advantage A:
 
       policy = -w * min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A)
       policy = -w * max(that min, dual_clip * A)                  for A < 0, if dual_clip is set
@@ -75,7 +75,7 @@ def policy_sums(
   Args:
     logp_RC: float32 [R, C], of the policy being trained.
     logp_old_RC: float32 [R, C], of the policy before the step's updates, by the trainer.
-    advantage_R: float32 [R].
+    advantage_RC: float32 [R, C], or [R, 1].
     mask_RC: bool [R, C], True = carries loss. Values elsewhere are never used, not even if NaN.
     cfg: the loss's settings.
     logp_ref_RC: float32 [R, C] of the reference model; needed when kl_coef is not 0.
@@ -90,18 +90,17 @@ def policy_sums(
     raise ValueError(f"loss.kl_estimator={cfg.kl_estimator!r} does not exist; choose one of {KL_ESTIMATORS}.")
   logp_RC = jnp.where(mask_RC, logp_RC, 0.0)
   old_RC = jnp.where(mask_RC, logp_old_RC, 0.0)
-  advantage_R1 = advantage_R[:, None]
   log_ratio_RC = _clamp(logp_RC - old_RC)
   ratio_RC = jnp.exp(log_ratio_RC)
 
-  kept_RC, (is_low_RC, is_high_RC, is_dual_RC) = _clip(ratio_RC, advantage_R1, mask_RC, cfg)
+  kept_RC, (is_low_RC, is_high_RC, is_dual_RC) = _clip(ratio_RC, advantage_RC, mask_RC, cfg)
   weight_RC = jnp.ones_like(old_RC)
   if cfg.importance_cap is not None:
     if logp_sampler_RC is None:
       raise ValueError(f"loss.importance_cap={cfg.importance_cap!r} needs logp_sampler_RC; keep it in the batch.")
     sampler_RC = jnp.where(mask_RC, logp_sampler_RC, 0.0)
     weight_RC = jax.lax.stop_gradient(jnp.minimum(jnp.exp(_clamp(old_RC - sampler_RC)), cfg.importance_cap))
-  policy_RC = -weight_RC * kept_RC * advantage_R1
+  policy_RC = -weight_RC * kept_RC * advantage_RC
 
   kl_RC = jnp.zeros_like(logp_RC)
   if cfg.kl_coef != 0:
@@ -128,18 +127,18 @@ def policy_sums(
   )
 
 
-def _clip(ratio_RC: jax.Array, advantage_R1: jax.Array, mask_RC: jax.Array, cfg: LossConfig):
+def _clip(ratio_RC: jax.Array, advantage_RC: jax.Array, mask_RC: jax.Array, cfg: LossConfig):
   """The ratio with its bounds put in where they win, and where the low, the high and the dual bound did, [R, C].
 
   The bound of clip that can win the minimum depends on the sign of the advantage. `where` instead of
   min(r * A, clip(r) * A) gives a kept token its whole gradient: minimum would halve it at ties.
   """
-  is_low_RC = mask_RC & (advantage_R1 < 0) & (ratio_RC < 1 - cfg.clip_low)
-  is_high_RC = mask_RC & (advantage_R1 > 0) & (ratio_RC > 1 + cfg.clip_high)
+  is_low_RC = mask_RC & (advantage_RC < 0) & (ratio_RC < 1 - cfg.clip_low)
+  is_high_RC = mask_RC & (advantage_RC > 0) & (ratio_RC > 1 + cfg.clip_high)
   kept_RC = jnp.where(is_low_RC, 1 - cfg.clip_low, jnp.where(is_high_RC, 1 + cfg.clip_high, ratio_RC))
   is_dual_RC = jnp.zeros_like(mask_RC)
   if cfg.dual_clip is not None:
-    is_dual_RC = mask_RC & (advantage_R1 < 0) & (ratio_RC > cfg.dual_clip)
+    is_dual_RC = mask_RC & (advantage_RC < 0) & (ratio_RC > cfg.dual_clip)
     kept_RC = jnp.where(is_dual_RC, cfg.dual_clip, kept_RC)
   return kept_RC, (is_low_RC, is_high_RC, is_dual_RC)
 

@@ -30,7 +30,7 @@ def test_rows_are_laid_out_as_batch_says(data, builder, word_tokenizer):
   batch = data.batch(0)
   assert batch.tokens_RT.shape == batch.segment_RT.shape == batch.position_RT.shape == (64, 20 + 64)
   assert batch.completion_mask_RC.shape == (64, 64) and batch.completion_mask_RC.dtype == bool
-  assert batch.advantage_R is None
+  assert batch.advantage_RC is None
   for r in range(64):
     real = np.flatnonzero(batch.segment_RT[r])
     assert (np.diff(real) == 1).all() and real[0] <= 19

@@ -50,7 +50,7 @@ def test_the_loss_is_the_token_mean_of_the_loops(one):
   logp = np.asarray(learner.score(params, batch))
   mask = batch.completion_mask_RC
   sums = oracle.policy_loss(
-      logp, batch.logp_old_RC, batch.advantage_R, mask, clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.1,
+      logp, batch.logp_old_RC, batch.advantage_RC[:, 0], mask, clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.1,
       importance_cap=2.0, logp_ref=batch.logp_ref_RC, logp_sampler=batch.logp_sampler_RC)
   state, metrics = learner.update(learner.new_state(jax.tree.map(jnp.copy, params)), batch)
   n = mask.sum()
@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_an_unchunked_loss(one):
     logp_RTV = jax.nn.log_softmax(decoder.logits(params, tiny.ARCH, hidden[:, tiny.P - 1:-1]))
     logp = jnp.take_along_axis(logp_RTV, batch.tokens_RT[:, tiny.P:, None], axis=-1)[..., 0]
     ratio = jnp.exp(logp - batch.logp_old_RC)
-    a = batch.advantage_R[:, None]
+    a = batch.advantage_RC
     surrogate = jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.28) * a)
     return -jnp.sum(jnp.where(batch.completion_mask_RC, surrogate, 0)) / batch.completion_mask_RC.sum()
 
@@ -140,7 +140,7 @@ def test_padding_changes_nothing(one):
   segment = pad_T(batch.segment_RT)
   wide = Batch(
       tokens_RT=np.where(segment == 1, pad_T(batch.tokens_RT), rng.integers(0, 61, segment.shape)).astype(np.int32),
-      segment_RT=segment, position_RT=pad_T(batch.position_RT), advantage_R=batch.advantage_R,
+      segment_RT=segment, position_RT=pad_T(batch.position_RT), advantage_RC=batch.advantage_RC,
       completion_mask_RC=pad_C(batch.completion_mask_RC), logp_old_RC=pad_C(batch.logp_old_RC),
       logp_ref_RC=pad_C(batch.logp_ref_RC), logp_sampler_RC=pad_C(batch.logp_sampler_RC))
   loss, gradient = gradient_of(learner, params, batch)
@@ -157,8 +157,8 @@ def test_a_non_finite_update_leaves_the_state_bit_for_bit(spoil):
   state, metrics = learner.update(state, batch)
   assert float(metrics["nonfinite"]) == 0
   before = tiny.host(state)
-  advantage = batch.advantage_R.at[0].set(jnp.nan if spoil == "loss" else 3e38)
-  state, metrics = learner.update(state, batch.replace(advantage_R=advantage))
+  advantage = batch.advantage_RC.at[0].set(jnp.nan if spoil == "loss" else 3e38)
+  state, metrics = learner.update(state, batch.replace(advantage_RC=advantage))
   assert float(metrics["nonfinite"]) == 1
   tiny.assert_trees_equal(state, before)
   with pytest.raises(FloatingPointError, match="step 17: (loss|grad_norm) is (nan|inf|-inf).*nonfinite='skip'"):
@@ -220,7 +220,7 @@ def test_rows_that_do_not_divide_are_refused():
 
 def test_a_batch_without_scores_is_refused(one):
   learner, params, batch = one
-  for name in ("logp_old_RC", "advantage_R"):
+  for name in ("logp_old_RC", "advantage_RC"):
     with pytest.raises(ValueError, match=f"batch.{name} is None"):
       learner.update(learner.new_state(params), batch.replace(**{name: None}))
   with pytest.raises(ValueError, match="logp_sampler_RC is None"):
@@ -279,14 +279,14 @@ def test_a_gap_beyond_all_measure_stays_finite():
 def test_the_importance_cap_truncates_through_a_whole_update(one):
   """Weights min(pi_old / pi_sampler, 2), one per row here: the same update as that of advantages times the weight."""
   learner, params, batch = one
-  ratio_R = np.resize([0.25, 1.0, 1.9, 2.5, 30.0], len(batch.advantage_R)).astype(np.float32)
+  ratio_R = np.resize([0.25, 1.0, 1.9, 2.5, 30.0], len(batch.advantage_RC)).astype(np.float32)
   old = np.asarray(learner.score(params, batch))
   batch = batch.replace(logp_old_RC=old, logp_ref_RC=old, logp_sampler_RC=old)  # On policy: all weights 1, no KL.
   weight_R = np.minimum(ratio_R, learner.cfg.loss.importance_cap)
   update = lambda batch: learner.update(learner.new_state(jax.tree.map(jnp.copy, params)), batch)
 
   state, metrics = update(batch.replace(logp_sampler_RC=old - np.log(ratio_R)[:, None]))
-  expected_state, expected = update(batch.replace(advantage_R=weight_R * batch.advantage_R))
+  expected_state, expected = update(batch.replace(advantage_RC=weight_R[:, None] * batch.advantage_RC))
   _, unweighted = update(batch)
   n_tokens_R = batch.completion_mask_RC.sum(axis=1)
   assert float(metrics["importance_mean"]) == pytest.approx((weight_R * n_tokens_R).sum() / n_tokens_R.sum(), rel=1e-5)

@@ -60,7 +60,7 @@ def make_batch(seed=0, rows=ROWS, P=P, C=C):
       tokens_RT=np.where(real, rng.integers(0, ARCH.vocab_size, (rows, P + C)), 0).astype(np.int32),
       segment_RT=real.astype(np.int32),
       position_RT=np.where(real, column - (P - n_prompt)[:, None], 0).astype(np.int32),
-      completion_mask_RC=real[:, P:], advantage_R=rng.normal(size=rows).astype(np.float32),
+      completion_mask_RC=real[:, P:], advantage_RC=rng.normal(size=(rows, 1)).astype(np.float32),
       logp_old_RC=logp, logp_ref_RC=logp + noise(), logp_sampler_RC=logp + noise())
 
 

@@ -32,12 +32,12 @@ def inputs(seed, R=5, C=7):
   mask = np.arange(C) < rng.integers(0, C + 1, R)[:, None]
   mask[0] = True
   return dict(
-      logp_RC=logp, logp_old_RC=logp + rng.normal(0, 0.7, (R, C)), advantage_R=rng.normal(0, 2, R), mask_RC=mask,
+      logp_RC=logp, logp_old_RC=logp + rng.normal(0, 0.7, (R, C)), advantage_RC=rng.normal(0, 2, (R, 1)), mask_RC=mask,
       logp_ref_RC=logp + rng.normal(0, 0.5, (R, C)), logp_sampler_RC=logp + rng.normal(0, 0.5, (R, C)))
 
 
 def ask_oracle(function, x, settings):
-  return function(x["logp_RC"], x["logp_old_RC"], x["advantage_R"], x["mask_RC"], logp_ref=x["logp_ref_RC"],
+  return function(x["logp_RC"], x["logp_old_RC"], x["advantage_RC"][:, 0], x["mask_RC"], logp_ref=x["logp_ref_RC"],
                   logp_sampler=x["logp_sampler_RC"], **(dict(clip_low=0.2, clip_high=0.28) | settings))
 
 
@@ -62,7 +62,7 @@ def test_sums_and_gradient_match_the_loops(settings):
 def one_token(advantage, ratio, **settings):
   """(loss, d loss / d logp) of a single token."""
   def value(logp):
-    return loss.policy_sums(logp, jnp.zeros((1, 1)), jnp.array([advantage]), jnp.ones((1, 1), bool),
+    return loss.policy_sums(logp, jnp.zeros((1, 1)), jnp.array([[advantage]]), jnp.ones((1, 1), bool),
                             cfg=LossConfig(**settings)).loss
   result, gradient = jax.value_and_grad(value)(jnp.full((1, 1), jnp.log(ratio)))
   return float(result), float(gradient[0, 0])
@@ -137,7 +137,7 @@ def test_no_tokens_give_zeros():
 
 
 def test_extreme_ratios_stay_finite():
-  x = dict(logp_old_RC=jnp.full((1, 1), -200.0), advantage_R=jnp.array([-1.0]), mask_RC=jnp.ones((1, 1), bool))
+  x = dict(logp_old_RC=jnp.full((1, 1), -200.0), advantage_RC=jnp.array([[-1.0]]), mask_RC=jnp.ones((1, 1), bool))
   value, gradient = jax.value_and_grad(
       lambda logp: loss.policy_sums(logp, **x, cfg=LossConfig()).loss)(jnp.zeros((1, 1)))
   assert np.isfinite(float(value)) and np.isfinite(float(gradient[0, 0]))

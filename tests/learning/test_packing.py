@@ -1,0 +1,156 @@
+"""Packed rows: every response once with all that belongs to it, and the same loss and gradient as a row for each."""
+
+import collections
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hbpo_jax import structs
+from hbpo_jax.config import RolloutConfig
+from hbpo_jax.learning import learner as learner_lib
+from hbpo_jax.learning import packing, scoring
+from hbpo_jax.structs import Prompts, Rollouts
+from tests.learning import tiny
+
+B, G, J = 8, 2, 3
+P, WIDTHS = 6, (7, 12)
+
+
+def make_step(seed=0):
+  """(Prompts, Rollouts, advantage [B, G, J]) of random lengths, on the host."""
+  rng = np.random.default_rng(seed)
+  n_prompt = rng.integers(1, P + 1, B)
+  prompt = np.where(np.arange(P) >= (P - n_prompt)[:, None], rng.integers(0, 61, (B, P)), 0).astype(np.int32)
+  n_tokens = np.stack([rng.integers(1, w + 1, (B, J)) for w in WIDTHS], axis=1).astype(np.int32)
+  real = [np.arange(w) < n_tokens[:, g, :, None] for g, w in enumerate(WIDTHS)]
+  # Some responses open with a forced token that carries no loss.
+  mask = [r & ((np.arange(r.shape[-1]) > 0) | (g == 0)) for g, r in enumerate(real)]
+  tokens = tuple(np.where(r, rng.integers(0, 61, r.shape), 99).astype(np.int32) for r in real)
+  logp = tuple(np.where(r, rng.normal(-2, 1, r.shape), 0).astype(np.float32) for r in real)
+  prefix = np.zeros((G, 1), np.int32)
+  return (Prompts(prompt, n_prompt.astype(np.int32), prefix, np.zeros(G, np.int32), np.arange(B, dtype=np.int32)),
+          Rollouts(tokens, tuple(mask), logp, n_tokens, n_tokens, np.zeros((B, G, J), bool)),
+          rng.normal(size=(B, G, J)).astype(np.float32))
+
+
+def contents(batch, minibatch=slice(None)):
+  """How often each response occurs: (tokens, positions from 0, targets with mask, advantage and sampler's logp)."""
+  found = collections.Counter()
+  width = batch.tokens_RT.shape[1]
+  P = width - batch.completion_mask_RC.shape[1]
+  advantage = np.broadcast_to(batch.advantage_RC, batch.completion_mask_RC.shape)
+  for r in range(len(batch.tokens_RT))[minibatch]:
+    for number in range(1, batch.segment_RT[r].max(initial=0) + 1):
+      columns = np.flatnonzero(batch.segment_RT[r] == number)
+      assert (np.diff(columns) == 1).all() and batch.position_RT[r, columns].tolist() == list(range(len(columns)))
+      targets = [c - P for c in columns if c >= P and batch.completion_mask_RC[r, c - P]]
+      found[tuple(batch.tokens_RT[r, columns]), tuple(c + P - columns[0] for c in targets),
+            tuple(advantage[r, targets]), tuple(batch.logp_sampler_RC[r, targets])] += 1
+  return found
+
+
+@pytest.mark.parametrize("n_minibatches,micro_rows,shards", [(1, 1, 1), (2, 5, 1), (4, 8, 4), (2, 16, 8)])
+def test_every_response_is_there_once_with_what_belongs_to_it(n_minibatches, micro_rows, shards):
+  step = make_step()
+  packed, share = packing.pack(*step, n_minibatches=n_minibatches, micro_rows=micro_rows, shards=shards)
+  plain = jax.device_get(structs.make_batch(*step))
+  per = len(packed.tokens_RT) // n_minibatches
+  for m in range(n_minibatches):
+    queries = slice(m * B // n_minibatches * G * J, (m + 1) * B // n_minibatches * G * J)
+    assert contents(packed, slice(m * per, (m + 1) * per)) == contents(plain, queries)
+  assert per % micro_rows == 0 and not packed.completion_mask_RC[packed.segment_RT[:, 1:] == 0].any()
+  # What is computed: the micro-batches with a real token, counted by the loop that computes them.
+  n_used = 0
+  for m in range(n_minibatches):
+    rows = jax.tree.map(lambda x, m=m: jnp.asarray(x[m * per:(m + 1) * per]), packed)
+    micro = scoring.cut_micro_batches(rows, per // micro_rows, shards)
+    n_used += int(scoring.fold_micro_batches(lambda count, i, part: count + 1, jnp.int32(0), micro))
+  real = (packed.segment_RT != 0).sum()
+  assert share == pytest.approx(real / (n_used * micro_rows * packed.segment_RT.shape[1]))
+  assert n_used < n_minibatches * (per // micro_rows) or micro_rows == 16, "nothing was left out"
+
+
+def test_shards_get_like_numbers_of_tokens():
+  packed, _ = packing.pack(*make_step(), n_minibatches=1, micro_rows=4, shards=4)
+  tokens = (packed.segment_RT != 0).reshape(4, -1).sum(axis=1)
+  assert tokens.max() - tokens.min() <= packed.segment_RT.shape[1]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 120))
+@settings(deadline=None, max_examples=60)
+def test_first_fit_wastes_little(lengths, width):
+  rows = packing.first_fit(lengths, width)
+  assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+  sums = [sum(lengths[i] for i in row) for row in rows]
+  assert max(sums) <= width
+  # Any two rows together hold more than one row could, or first fit would have joined them.
+  assert all(a + b > width for i, a in enumerate(sums) for b in sums[:i])
+  assert rows == packing.first_fit(np.array(lengths), width)
+
+
+def test_an_item_longer_than_a_row_is_refused():
+  with pytest.raises(ValueError, match="an item of 9 tokens does not fit a row of 8"):
+    packing.first_fit([3, 9], 8)
+
+
+def test_the_loop_visits_used_micro_batches_only_and_in_order():
+  segment = np.zeros((5, 2, 3), np.int32)
+  segment[[0, 3, 4], 1, 2] = 1
+  micro = structs.Batch(segment, segment, segment, segment[..., 1:] > 0)
+  visited = scoring.fold_micro_batches(
+      lambda seen, i, part: seen.at[jnp.argmax(seen < 0)].set(i + 10 * part.segment_RT.sum()), jnp.full(6, -1), micro)
+  assert visited.tolist() == [10, 13, 14, -1, -1, -1]
+  assert scoring.fold_micro_batches(lambda n, i, part: n + 1, 0, jax.tree.map(lambda x: 0 * x, micro)) == 0
+
+
+SETTINGS = dict(
+    loss={"dual_clip": 3.0, "kl_coef": 0.1, "importance_cap": 2.0}, rollout=RolloutConfig(
+        queries=B, rollouts_per_query=G * J, budgets=(4, 8)))
+
+
+def losses(learner, params, batch, moved):
+  """((gradient, sums, tokens) of each minibatch, sampler's gap) under a policy that has moved away from pi_old."""
+  batch = batch.replace(logp_old_RC=learner.score(params, batch), logp_ref_RC=learner.score(moved, batch))
+
+  def loss_of(params, micro, n_tokens):
+    return learner_lib.policy_loss(
+        params, micro, n_tokens, 1.0, arch=learner.arch, cfg=learner.cfg, shards=learner.shards)
+
+  @jax.jit
+  def grads(params, part):
+    n_micro = scoring.count_micro_batches(part.tokens_RT.shape[0], learner.micro_rows, learner.shards)
+    return learner_lib.grads(loss_of, params, part, n_micro=n_micro, shards=learner.shards)
+
+  with jax.set_mesh(learner.mesh):
+    found = [tiny.host(grads(moved, part)) for part in learner.split_minibatches(batch)]
+  return found, tiny.host(learner.sampler_gap(batch))
+
+
+@pytest.mark.parametrize("n_devices", [1, 4])
+def test_loss_and_gradient_are_those_of_a_row_for_each_response(n_devices):
+  step = make_step()
+  padded = tiny.make_learner(1, learner={"pack": False}, **SETTINGS)
+  packed = tiny.make_learner(n_devices, learner={"pack": True}, **SETTINGS)
+  results = []
+  for learner in (padded, packed):
+    batch, share = learner.make_batch(*step)
+    results.append(losses(learner, tiny.make_params(learner), batch, tiny.make_params(learner, 1)))
+    assert 0 < share <= 1
+  (expected, gap), (found, packed_gap) = results
+  for (gradient, sums, n), (packed_gradient, packed_sums, packed_n) in zip(expected, found, strict=True):
+    assert n == packed_n
+    tiny.assert_trees_close(packed_sums, sums, rtol=2e-5, atol=2e-5)
+    tiny.assert_trees_close(packed_gradient, gradient, rtol=1e-4, atol=2e-6)
+  tiny.assert_trees_close(packed_gap, gap, rtol=1e-5, atol=1e-6)
+
+
+def test_packing_computes_fewer_columns():
+  step = make_step()
+  shares = {}
+  for pack in (False, True):
+    _, shares[pack] = tiny.make_learner(learner={"pack": pack}, **SETTINGS).make_batch(*step)
+  assert shares[True] > 1.4 * shares[False]
