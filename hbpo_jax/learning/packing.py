@@ -1,6 +1,7 @@
 """Responses of different lengths in rows of one length: what the update computes with is tokens, not padding."""
 
 from collections.abc import Sequence
+import dataclasses
 import math
 from typing import Any
 
@@ -34,10 +35,7 @@ def pack(
   per_minibatch = B // n_minibatches * G * J
   n_rows = math.ceil(per_minibatch / micro_rows) * micro_rows
   shape = (n_minibatches * n_rows, width)
-  batch = Batch(
-      tokens_RT=np.zeros(shape, np.int32), segment_RT=np.zeros(shape, np.int32), position_RT=np.zeros(shape, np.int32),
-      completion_mask_RC=np.zeros(shape, bool), advantage_RC=np.zeros(shape, np.float32),
-      logp_sampler_RC=np.zeros(shape, np.float32))
+  packed = _Columns(*(np.zeros(shape, kind) for kind in (np.int32, np.int32, np.int32, bool, np.float32, np.float32)))
   n_prompt_B, advantage_BGJ = np.asarray(prompts.n_prompt_B), np.asarray(advantage_BGJ, np.float32)
   length_BN = (n_prompt_B[:, None, None] + rollouts.n_tokens_BGJ).reshape(B, G * J)
   queries, n_computed = B // n_minibatches, 0
@@ -51,12 +49,9 @@ def pack(
       start = 0
       for number, item in enumerate(members, start=1):
         b, rest = divmod(item, G * J)
-        start = _write(batch, r, start, number, prompts, rollouts, advantage_BGJ, (first + b, *divmod(rest, J)))
-  # Columns as completion slots: the first column of a row is no one's target.
-  batch = batch.replace(
-      completion_mask_RC=batch.completion_mask_RC[:, 1:], advantage_RC=batch.advantage_RC[:, 1:],
-      logp_sampler_RC=batch.logp_sampler_RC[:, 1:])
-  return batch, float(length_BN.sum()) / n_computed
+        g, j = divmod(rest, J)
+        start = packed.write(r, start, number, prompts, rollouts, advantage_BGJ, (first + b, g, j))
+  return packed.to_batch(), float(length_BN.sum()) / n_computed
 
 
 def first_fit(length_N: Sequence[int] | np.ndarray, width: int) -> list[list[int]]:
@@ -84,19 +79,35 @@ def first_fit(length_N: Sequence[int] | np.ndarray, width: int) -> list[list[int
   return rows
 
 
-def _write(
-    batch: Batch, row: int, start: int, number: int, prompts: Prompts, rollouts: Rollouts, advantage_BGJ: np.ndarray,
-    index: tuple[int, int, int]) -> int:
-  """Puts one response with its prompt into a row from column `start`; returns the column behind it."""
-  b, g, j = index
-  n_prompt, n_tokens = int(prompts.n_prompt_B[b]), int(rollouts.n_tokens_BGJ[b, g, j])
-  middle, end = start + n_prompt, start + n_prompt + n_tokens
-  prompt = np.asarray(prompts.tokens_BP)[b]
-  batch.tokens_RT[row, start:middle] = prompt[len(prompt) - n_prompt:]
-  batch.tokens_RT[row, middle:end] = rollouts.response(b, g, j)
-  batch.segment_RT[row, start:end] = number
-  batch.position_RT[row, start:end] = np.arange(n_prompt + n_tokens)
-  batch.completion_mask_RC[row, middle:end] = rollouts.completion_mask[g][b, j, :n_tokens]
-  batch.advantage_RC[row, middle:end] = advantage_BGJ[b, g, j]
-  batch.logp_sampler_RC[row, middle:end] = rollouts.logp_sampler[g][b, j, :n_tokens]
-  return end
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+  """What belongs to each column of the packed rows, [R, T]; a token's loss belongs to its own column."""
+  tokens: np.ndarray
+  segment: np.ndarray
+  position: np.ndarray
+  has_loss: np.ndarray
+  advantage: np.ndarray
+  logp_sampler: np.ndarray
+
+  def write(
+      self, row: int, start: int, number: int, prompts: Prompts, rollouts: Rollouts, advantage_BGJ: np.ndarray,
+      index: tuple[int, int, int]) -> int:
+    """Puts one response with its prompt into a row from column `start`; returns the column behind it."""
+    b, g, j = index
+    n_prompt, n_tokens = int(prompts.n_prompt_B[b]), int(rollouts.n_tokens_BGJ[b, g, j])
+    middle, end = start + n_prompt, start + n_prompt + n_tokens
+    prompt = np.asarray(prompts.tokens_BP)[b]
+    self.tokens[row, start:middle] = prompt[len(prompt) - n_prompt:]
+    self.tokens[row, middle:end] = rollouts.response(b, g, j)
+    self.segment[row, start:end] = number
+    self.position[row, start:end] = np.arange(n_prompt + n_tokens)
+    self.has_loss[row, middle:end] = rollouts.completion_mask[g][b, j, :n_tokens]
+    self.advantage[row, middle:end] = advantage_BGJ[b, g, j]
+    self.logp_sampler[row, middle:end] = rollouts.logp_sampler[g][b, j, :n_tokens]
+    return end
+
+  def to_batch(self) -> Batch:
+    """With P = 1: the first column of a row is no one's target."""
+    return Batch(
+        self.tokens, self.segment, self.position, self.has_loss[:, 1:], advantage_RC=self.advantage[:, 1:],
+        logp_sampler_RC=self.logp_sampler[:, 1:])
