@@ -32,6 +32,7 @@ def test_what_was_stored_comes_back_in_order_of_problem_mode_and_sample(tmp_path
   rows = [row("p1", "16"), row("p0", "16"), row("p1", sample=1), row("p0"), row("p1")]
   with open_store(tmp_path, n_samples=2) as s:
     s.append("set", rows[:2])
+    assert len(open_existing(tmp_path).rows["set"]) == 2, "stored when append returns, not when the store is closed"
     s.append("set", rows[2:])
     assert s.holds("set", ("p1", "natural", 1)) and not s.holds("set", ("p0", "natural", 1))
   found = open_existing(tmp_path)
@@ -56,6 +57,8 @@ def test_a_line_cut_in_half_is_dropped_and_said(tmp_path):
 def test_a_verdict_may_come_later(tmp_path):
   with open_store(tmp_path) as s:
     s.append("set", [row(score=None, reason=None), row("p1")])
+  half = open_existing(tmp_path)
+  assert half.rows["set"] == [row("p1")] and "1 responses without a verdict" in half.notes[0]
   with open_store(tmp_path) as s:
     assert list(s.ungraded["set"]) == [("p0", "natural", 0)] and s.holds("set", ("p0", "natural", 0))
     s.append("set", [row()])
