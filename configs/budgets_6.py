@@ -14,6 +14,5 @@ from hbpo_jax.flags import load_config
 def get_config():
   cfg = load_config("deepscaler_1p5b")
   cfg.rollout.rollouts_per_query = 18
-  cfg.learner.microbatch_rows = 48
   cfg.rollout.budgets = (256, 512, 1024, 2048, 2560, 2816)
   return cfg

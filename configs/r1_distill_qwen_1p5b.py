@@ -2,9 +2,11 @@
 
 Command:  python -m hbpo_jax.train --config=r1_distill_qwen_1p5b --workdir=runs/r1_distill_qwen_1p5b
           The profile is the paper's; --config.profile=released or hbpo runs the others.
-Time:     629 steps; not measured here. Sized for 16 chips of 16 GiB: weights, AdamW state and gradients in float32
-          are 27 GiB over all chips; on each, the sampler's weights are 3.3 GiB, the prompts of a step 1.8 GiB and the
-          cache of 32 responses at 28 KiB a token 4.5 GiB: about 11 GiB a chip.
+Time:     629 steps; not measured. Compiled ahead of time for a v5e:4x4 (16 chips) it needs 10.9 of 15.75 GiB a chip, in
+          decoding: the sampler's weights 3.3, the prompts of a step 1.8, the cache of 32 responses 4.4. A step takes 52
+          s by the chips' bandwidth and FLOPs, 75 s by the rough efficiencies of
+          python -m hbpo_jax.plan --config=r1_distill_qwen_1p5b --topology=v5e:4x4 --workdir=runs/plan
+            --config.model.preset=r1_distill_qwen_1p5b
 Expect:   the paper's accuracy in % / mean tokens, natural mode, T 0.6, top-p 0.95:
 
               |        | GSM8K        | MATH500      | Olympiad      | AIME25        | average      |
@@ -29,6 +31,6 @@ def get_config():
 
   # 32 responses at once on each of 16 chips: a row of 1,024 + 4,096 tokens of cache is 140 MiB.
   cfg.rollout.slots = 512
-  cfg.learner.microbatch_rows = 64
+  cfg.learner.microbatch_rows = 16  # Of packed rows; 64 do not fit.
   cfg.eval.max_new_tokens = 32_768 - cfg.data.max_prompt_tokens
   return cfg

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import dataclasses
 import pathlib
 
+import jax
+
 from hbpo_jax import assemble, flags
 from hbpo_jax.config import Config
 from hbpo_jax.data.prompts import EFFICIENCY, NATURAL
@@ -42,6 +44,8 @@ def main(cfg: Config, workdir: str) -> None:
         n_new=cfg.eval.max_new_tokens or cfg.reward.max_response_tokens,
         context=min(cfg.eval.max_context, model.arch.max_context))
     console.header(_header(cfg, model, benchmarks, modes))
+    if cfg.model.compute_dtype == "bfloat16" and jax.default_backend() == "cpu":
+      console.message("a CPU emulates bfloat16: --config.model.compute_dtype=float32 is several times faster here")
     evaluated = runner.measure(
         root, model.identity, lambda: assemble.load_params(cfg, model), console, "evaluation")
     if runner.ledger.slot_steps:

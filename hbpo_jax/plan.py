@@ -114,10 +114,11 @@ def main(cfg: Config, workdir: str, options: Options = Options()) -> None:
       ranked = _swept(planned, lengths, n_processes if can_compile else 0, console)
       made = ranked[0]
     else:
-      said = compile_lib.compile_all(
-          planned, programs.names(planned), n_processes=n_processes,
-          progress=functools.partial(_progress, console)) if can_compile else {}
-      made = estimate.estimate(planned, lengths, said)
+      made = estimate.estimate(planned, lengths)
+      if can_compile:
+        made = estimate.estimate(planned, lengths, compile_lib.compile_all(
+            planned, programs.turns(planned, made.decoding), n_processes=n_processes,
+            progress=functools.partial(_progress, console)))
     _write(made, ranked, where, how, pathlib.Path(workdir), console)
   if not made.fits:
     sys.exit(1)

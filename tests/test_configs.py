@@ -61,7 +61,7 @@ def test_budget_ablations_change_the_budgets_only(n_budgets):
   cfg = load(f"budgets_{n_budgets}")
   assert len(cfg.rollout.budgets) == n_budgets and sum(cfg.rollout.budgets) == 1536 * n_budgets
   changed = {n for n, *_ in config.differences(load(PAPER_BASE), cfg)}
-  six = {"rollout.rollouts_per_query", "learner.microbatch_rows"} if n_budgets == 6 else set()
+  six = {"rollout.rollouts_per_query"} if n_budgets == 6 else set()
   assert changed == ({"rollout.budgets"} | six if n_budgets != 4 else set())
 
 

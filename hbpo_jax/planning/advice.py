@@ -109,10 +109,8 @@ def _changes(job: Job) -> Iterator[tuple[str, str, Job]]:
 def _settings(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
   cfg, shards = job.cfg, job.shards
   flag = lambda name, value: (f"--config.{name}={value}", {name: value})
-  rows = job.n_rows // cfg.learner.minibatches
-  per_device = job.micro_batches(rows, update=True)[1]
-  if per_device > 1:
-    change, fields = flag("learner.microbatch_rows", per_device // 2 * shards)
+  if job.micro_rows > 1:
+    change, fields = flag("learner.microbatch_rows", job.micro_rows // 2 * shards)
     yield change, "no effect on the result", fields
   if cfg.model.remat != "full":
     change, fields = flag("model.remat", "full")

@@ -6,7 +6,7 @@ prints one line of JSON about the program NAME of the Job in SPEC.json. The pare
 compiler that crashes takes nothing with it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 import concurrent.futures
 import dataclasses
 import importlib.util
@@ -78,25 +78,26 @@ def available() -> bool:
 
 
 def compile_all(
-    job: Job, names: Sequence[str], *, n_processes: int = 1, progress: Callable[[Compiled], Any] = lambda c: None,
+    job: Job, turns: Mapping[str, int], *, n_processes: int = 1, progress: Callable[[Compiled], Any] = lambda c: None,
 ) -> dict[str, Compiled]:
   """What the compiler says of the programs, by name.
 
   Args:
+    turns: by program, the turns of its loop whose number the run decides, as `programs.turns` assumes them.
     n_processes: at a time.
     progress: called with each as it is done.
   """
   with tempfile.TemporaryDirectory(prefix="hbpo_jax_plan_") as folder:
     spec = pathlib.Path(folder) / "job.json"
-    atomic_write_text(spec, json.dumps(_to_json(job)))
+    atomic_write_text(spec, json.dumps(_to_json(job) | {"turns": dict(turns)}))
     done = {}
     with concurrent.futures.ThreadPoolExecutor(max(1, n_processes)) as threads:
-      running = [threads.submit(_in_process, spec, name) for name in names]
+      running = [threads.submit(_in_process, spec, name) for name in turns]
       for future in concurrent.futures.as_completed(running):
         compiled = future.result()
         done[compiled.name] = compiled
         progress(compiled)
-  return {name: done[name] for name in names}
+  return {name: done[name] for name in turns}
 
 
 def parse_out_of_memory(message: str, n_arguments: int = 0) -> int | None:
@@ -178,8 +179,8 @@ def _bounds(topology: Topology) -> dict[str, tuple[int, ...]]:
   return {"chips_per_host_bounds": (1, 1, 1)}
 
 
-def report(job: Job, name: str) -> Compiled:
-  """Compiles one program of a Job on a Mesh, here."""
+def report(job: Job, name: str, turns: int = 1) -> Compiled:
+  """Compiles one program of a Job on a Mesh, here; `turns` of its loop whose number the run decides."""
   import jax
 
   from hbpo_jax.planning import programs
@@ -190,8 +191,7 @@ def report(job: Job, name: str) -> Compiled:
     needed = parse_out_of_memory(str(error), memory.arguments(job, name))
     return Compiled(name, needed=needed) if needed else Compiled(name, error=str(error)[:400])
   m = compiled.memory_analysis()
-  # Only the loop over a segment's tokens has no number of turns in the text.
-  found = hlo.collectives(compiled.as_text(), turns_if_unknown=job.plan.segment_steps if name == "decode" else 1)
+  found = hlo.collectives(compiled.as_text(), turns_if_unknown=turns)
   return Compiled(
       name, argument=m.argument_size_in_bytes, output=m.output_size_in_bytes, alias=m.alias_size_in_bytes,
       temporary=m.temp_size_in_bytes, code=m.generated_code_size_in_bytes, collectives=tuple(found))
@@ -199,8 +199,8 @@ def report(job: Job, name: str) -> Compiled:
 
 def main(spec: str, name: str) -> None:
   """Prints the report on one program."""
-  job = _from_json(json.loads(pathlib.Path(spec).read_text(encoding="utf-8")))
-  print(json.dumps(to_json(report(job, name))))
+  content = json.loads(pathlib.Path(spec).read_text(encoding="utf-8"))
+  print(json.dumps(to_json(report(_from_json(content), name, content["turns"][name]))))
 
 
 if __name__ == "__main__":

@@ -42,10 +42,6 @@ class Cost:
   def __add__(self, other: "Cost") -> "Cost":
     return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
-  def times(self, n: float) -> "Cost":
-    """n of it."""
-    return Cost(*(a * n for a in dataclasses.astuple(self)))
-
 
 def layer_weights(arch: Architecture) -> int:
   """Weights of one layer that take part in matmuls."""
@@ -71,11 +67,10 @@ def step(job: Job, decoding: Decoding) -> dict[str, Cost]:
   """The cost of each phase of a step: publish, prefill, decode, score, reference (with a KL term) and update."""
   phases = {
       "publish": publish(job), "prefill": prefill(job), "decode": decode(job, decoding),
-      "score": learn(job, job.n_rows, backward=False)}
+      "score": learn(job, decoding.n_micro, backward=False)}
   if job.cfg.loss.kl_coef:
-    phases["reference"] = learn(job, job.n_rows, backward=False)
-  n = job.cfg.learner.minibatches
-  return phases | {"update": learn(job, job.n_rows // n, backward=True).times(n)}
+    phases["reference"] = phases["score"]
+  return phases | {"update": learn(job, decoding.n_micro, backward=True)}
 
 
 def publish(job: Job) -> Cost:
@@ -130,12 +125,10 @@ def decode(job: Job, decoding: Decoding) -> Cost:
   return Cost(flops / job.tensor, traffic, moved)
 
 
-def learn(job: Job, n_rows: int, *, backward: bool) -> Cost:
-  """Scoring of n_rows, or one update from them; padding is computed like anything else."""
-  cfg, arch = job.cfg, job.arch
-  n_micro, local = job.micro_batches(n_rows, update=backward)
-  T, C = job.n_columns, max(job.shape.widths)
-  tokens, targets = n_micro * local * T, n_micro * local * C
+def learn(job: Job, n_micro: int, *, backward: bool) -> Cost:
+  """Scoring of n_micro micro-batches, or the step's updates from them; their padding is computed like anything else."""
+  cfg, arch, T = job.cfg, job.arch, job.n_columns
+  tokens, targets = n_micro * job.micro_rows * T, n_micro * job.micro_rows * job.n_targets
   scores = tokens * T  # XLA's attention computes what the mask hides, too.
   forward = layers_flops(arch, tokens, scores)
   attention = layers_flops(arch, 0, scores)
@@ -156,7 +149,7 @@ def learn(job: Job, n_rows: int, *, backward: bool) -> Cost:
   moved = n_micro * weight_passes * _gather_bytes(job) + _tensor_bytes(job, tokens, passes=passes)
   if backward:
     own = memory.of(job.state.params) / jnp.dtype(cfg.model.param_dtype).itemsize
-    traffic += own * (OPTIMIZER_BYTES + ACCUMULATE_BYTES * n_micro)
+    traffic += own * (OPTIMIZER_BYTES * job.n_minibatches + ACCUMULATE_BYTES * n_micro)
     moved += n_micro * _reduce_bytes(job)
   return Cost(flops / job.tensor, traffic, moved)
 

@@ -1,10 +1,12 @@
-"""How many tokens a step decodes in how many segments, by the engine's own schedule on assumed lengths."""
+"""What a step decodes and learns from: the engine's own schedule and the learner's own packing, on assumed lengths."""
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
+from hbpo_jax.learning import packing
 from hbpo_jax.models import kernels, slots
 from hbpo_jax.planning.job import Job
 from hbpo_jax.rollout import buckets, schedule
@@ -15,7 +17,7 @@ SPREAD = 0.5  # Standard deviation of the logarithm of the assumed lengths.
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-  """One step's decoding under assumed lengths.
+  """One step under assumed lengths.
 
   mean_tokens: sampled tokens of a response, on average, after the caps.
   truncated: share of the responses that reach their cap.
@@ -24,6 +26,8 @@ class Decoding:
   row_steps: slots x steps, over all devices.
   column_steps: cache columns that attention reads, summed over slots and steps, over all devices.
   utilisation: share of row_steps that decided a token.
+  n_micro: micro-batches of all updates of the step that are not empty; scoring has as many.
+  real_share: share of real tokens in them.
   """
   mean_tokens: float
   truncated: float
@@ -33,28 +37,57 @@ class Decoding:
   row_steps: int
   column_steps: int
   utilisation: float
+  n_micro: int = 0
+  real_share: float = 1.0
 
 
 def simulate(job: Job, *, mean_tokens: float | None, mean_prompt: int) -> Decoding:
-  """Runs the engine's schedule on lengths from a log-normal distribution.
+  """Runs the engine's schedule, and packs rows, on lengths from a log-normal distribution.
 
   Args:
     mean_tokens: mean sampled tokens of a response before its cap, the same for every budget; None = each budget's own.
     mean_prompt: tokens of a prompt.
   """
   means = tuple(float(b) if mean_tokens is None else mean_tokens for b in job.cfg.rollout.budgets)
-  return _simulate(job.shape, job.plan, job.shards, means, mean_prompt, job.layout.decode_kernel != "xla")
+  made = _simulate(job.shape, job.plan, job.shards, means, mean_prompt, job.layout.decode_kernel != "xla")
+  work, _, length_N = _lengths(job.shape, means)
+  length_BN = np.zeros((job.shape.n_queries, job.shape.n_responses // job.shape.n_queries), np.int64)
+  length_BN[work.query, work.subgroup * job.shape.n_rollouts + work.rollout] = (
+      mean_prompt + np.asarray(job.n_prefix)[work.subgroup] + length_N)
+  n_micro = micro_batches(job, length_BN)
+  computed = n_micro * job.micro_rows * job.shards * job.n_columns
+  return dataclasses.replace(made, n_micro=n_micro, real_share=float(length_BN.sum() / computed))
+
+
+def micro_batches(job: Job, length_BN: np.ndarray) -> int:
+  """Micro-batches of a step's updates that hold a token.
+
+  Args:
+    length_BN: int64 [B, G * J], tokens of each prompt and response together, at most a row's.
+  """
+  if not job.cfg.learner.pack:
+    return job.n_minibatches * job.most_micro_batches
+  used = 0
+  for part_N in length_BN.reshape(job.n_minibatches, -1):
+    rows = packing.first_fit(part_N, job.n_columns)
+    used += math.ceil(math.ceil(len(rows) / job.shards) / job.micro_rows)
+  return used
 
 
 @functools.lru_cache(maxsize=256)
 def _simulate(
     shape: Shape, plan: Plan, n_shards: int, means: tuple[float, ...], mean_prompt: int, is_ragged: bool) -> Decoding:
+  work, drawn_N, length_N = _lengths(shape, means)
+  made = run(shape, plan, n_shards, work, length_N, mean_prompt, is_ragged)
+  return dataclasses.replace(made, truncated=float((drawn_N >= work.limit).mean()))
+
+
+def _lengths(shape: Shape, means: tuple[float, ...]) -> tuple[schedule.Work, np.ndarray, np.ndarray]:
+  """(the responses in queue order, float [n] lengths without caps, int64 [n] sampled tokens)."""
   work = schedule.largest_limit_first(shape.sampled, shape.n_queries, shape.n_rollouts)
   noise = np.random.default_rng(0).normal(-SPREAD**2 / 2, SPREAD, len(work))
   drawn_N = np.asarray(means)[work.subgroup] * np.exp(noise)
-  length_N = np.clip(np.rint(drawn_N), 1, work.limit).astype(np.int64)
-  made = run(shape, plan, n_shards, work, length_N, mean_prompt, is_ragged)
-  return dataclasses.replace(made, truncated=float((drawn_N >= work.limit).mean()))
+  return work, drawn_N, np.clip(np.rint(drawn_N), 1, work.limit).astype(np.int64)
 
 
 def run(

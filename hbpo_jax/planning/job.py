@@ -53,14 +53,36 @@ class Job:
     return self.mesh.shape["tensor"]
 
   @property
-  def n_rows(self) -> int:
-    """Rollouts of a step, over all devices."""
-    return self.shape.n_responses
+  def n_minibatches(self) -> int:
+    """Updates of a step."""
+    return self.cfg.learner.minibatches
+
+  @property
+  def minibatch_rows(self) -> int:
+    """Rows of an update, over all devices, empty ones included: as many as responses, packed or not."""
+    rows, micro = self.shape.n_responses // self.n_minibatches, self.learner.micro_rows
+    return math.ceil(rows / micro) * micro if self.cfg.learner.pack else rows
 
   @property
   def n_columns(self) -> int:
     """T, token columns of a row in scoring and updates."""
     return self.shape.n_prompt_slots + max(self.shape.widths)
+
+  @property
+  def n_targets(self) -> int:
+    """C, columns of a row whose log-probabilities are computed."""
+    return self.n_columns - 1 if self.cfg.learner.pack else max(self.shape.widths)
+
+  @property
+  def micro_rows(self) -> int:
+    """Rows of a micro-batch on one device, in scoring as in updates."""
+    local = self.minibatch_rows // self.shards
+    return math.ceil(local / self.most_micro_batches)
+
+  @property
+  def most_micro_batches(self) -> int:
+    """Micro-batches of an update if none is empty."""
+    return scoring.count_micro_batches(self.minibatch_rows, self.learner.micro_rows, self.shards)
 
   @functools.cached_property
   def learner(self) -> Learner:
@@ -82,23 +104,15 @@ class Job:
     """What makes the sampler's copy of the weights."""
     return Publisher(self.arch, self.mesh, self.layout, gather=self.cfg.rollout.gather_weights)
 
-  def micro_batches(self, n_rows: int, *, update: bool) -> tuple[int, int]:
-    """(micro-batches of n_rows, rows of each per device), as the learner cuts them to score or to update."""
-    size = self.cfg.learner.microbatch_rows
-    if not update:
-      size = size or max(n_rows // self.cfg.learner.minibatches, 1)
-    n_micro = scoring.count_micro_batches(n_rows, size, self.shards)
-    return n_micro, math.ceil(n_rows // self.shards / n_micro)
-
   def batch(self, n_rows: int, *, scored: bool) -> Batch:
     """Shapes and shardings of a batch of rows; with what an update reads, if `scored`."""
-    P, C = self.shape.n_prompt_slots, max(self.shape.widths)
+    T, C = self.n_columns, self.n_targets
     rows = sharding.batch_sharding(self.mesh, 1)
     of = lambda dtype, *shape: jax.ShapeDtypeStruct((n_rows, *shape), dtype, sharding=rows)
-    loss = self.cfg.loss
+    loss, advantages = self.cfg.loss, C if self.cfg.learner.pack else 1
     return Batch(
-        tokens_RT=of(jnp.int32, P + C), segment_RT=of(jnp.int32, P + C), position_RT=of(jnp.int32, P + C),
-        completion_mask_RC=of(jnp.bool_, C), advantage_R=of(jnp.float32) if scored else None,
+        tokens_RT=of(jnp.int32, T), segment_RT=of(jnp.int32, T), position_RT=of(jnp.int32, T),
+        completion_mask_RC=of(jnp.bool_, C), advantage_RC=of(jnp.float32, advantages) if scored else None,
         logp_old_RC=of(jnp.float32, C) if scored else None,
         logp_ref_RC=of(jnp.float32, C) if scored and loss.kl_coef != 0 else None,
         logp_sampler_RC=of(jnp.float32, C) if scored and loss.importance_cap is not None else None)

@@ -71,7 +71,7 @@ def resident(job: Job) -> Resident:
   return Resident(
       params=params, optimizer=of(state.opt_state), sampler=sampler_bytes(job), pool=of(job.pool()),
       # The step's rows twice: as scored, and cut into minibatches.
-      cache=of(job.live()), batch=2 * of(job.batch(job.n_rows, scored=True)),
+      cache=of(job.live()), batch=2 * of(job.batch(job.minibatch_rows * job.n_minibatches, scored=True)),
       reference=params * compute // itemsize if job.cfg.loss.kl_coef else 0)
 
 
@@ -79,11 +79,10 @@ def arguments(job: Job, name: str) -> int:
   """Bytes per device of a program's arguments, without the padding of tiles."""
   kept = resident(job)
   if name == "update":
-    rows = job.n_rows // job.cfg.learner.minibatches
-    return kept.params + kept.optimizer + of(job.batch(rows, scored=True))
+    return kept.params + kept.optimizer + of(job.batch(job.minibatch_rows, scored=True))
   if name in ("score", "reference"):
     weights = kept.params if name == "score" else kept.reference
-    return weights + of(job.batch(job.n_rows, scored=False))
+    return weights + of(job.batch(job.minibatch_rows * job.n_minibatches, scored=False))
   if name == "publish":
     return kept.params
   sampler = kept.sampler or kept.params
@@ -94,7 +93,7 @@ def temporaries(job: Job) -> dict[str, int]:
   """Estimates of what each program needs besides its arguments, bytes per device; compiling it gives the true ones.
 
   The largest of a layer's activations, attention scores, saved inputs of layers, gradients and logits. Compiled for a
-  1.5B model and rows of 5,120 tokens, scoring and updates needed between 0.7 and 1.2 times as much.
+  1.5B model and rows of 5,120 tokens, most scoring and updates needed 0.7 to 1.2 times as much, one 1.5.
   """
   # The copy, and most of it once more in the order in which it was gathered.
   sizes = {
@@ -124,8 +123,7 @@ def _prefill(job: Job) -> int:
 
 def _learn(job: Job, *, backward: bool) -> int:
   arch, cfg, T = job.arch, job.cfg, job.n_columns
-  n_rows = job.n_rows // (cfg.learner.minibatches if backward else 1)
-  _, rows = job.micro_batches(n_rows, update=backward)
+  rows = job.micro_rows
   compute = jnp.dtype(cfg.model.compute_dtype).itemsize
   head = arch.vocab_size * arch.hidden_size // job.tensor
   scores = rows * arch.n_heads * T * T // job.tensor

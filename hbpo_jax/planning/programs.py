@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from hbpo_jax.models import sharding
+from hbpo_jax.planning.decoding import Decoding
 from hbpo_jax.planning.job import Job
 from hbpo_jax.rollout import sampling as sampling_lib
 from hbpo_jax.rollout.programs import Programs, Progress
@@ -14,6 +15,14 @@ def names(job: Job) -> tuple[str, ...]:
   """The programs that matter, in the order in which a step runs them."""
   reference = ("reference",) if job.cfg.loss.kl_coef else ()
   return ("publish", "prefill", "decode", "score", *reference, "update")
+
+
+def turns(job: Job, decoding: Decoding) -> dict[str, int]:
+  """By program, the turns of its loop whose number the run decides: over a segment's tokens, or over micro-batches."""
+  counted = {
+      "decode": job.plan.segment_steps, "score": decoding.n_micro, "reference": decoding.n_micro,
+      "update": max(1, round(decoding.n_micro / job.n_minibatches))}
+  return {name: counted.get(name, 1) for name in names(job)}
 
 
 def lower(job: Job, name: str) -> Any:
@@ -29,7 +38,7 @@ def lower(job: Job, name: str) -> Any:
     with jax.set_mesh(job.mesh):
       return job.publisher._program.lower(state.params)
   temperature = job.cfg.rollout.temperature
-  rows = job.n_rows // (job.cfg.learner.minibatches if name == "update" else 1)
+  rows = job.minibatch_rows * (1 if name == "update" else job.n_minibatches)
   batch = job.batch(rows, scored=name == "update")
   params = state.params
   if name == "reference":

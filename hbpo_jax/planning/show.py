@@ -75,7 +75,7 @@ def collectives_table(made: Estimate) -> Table | None:
     return None
   largest = sorted(merged.items(), key=lambda item: -item[1][1])[:_SHOWN]
   rows = tuple(
-      (name, kind, shape if len(shape) < 50 else shape[:47] + "...", f"{'' if exact else 'up to '}{times:,}",
+      (name, kind, shape if len(shape) < 50 else shape[:47] + "...", f"{'' if exact else 'about '}{times:,}",
        f"{n_bytes / 1e9:,.3f}") for (name, kind, shape), (times, n_bytes, exact) in largest)
   return Table(
       "collectives of a program's run that bring most to a device", ("program", "kind", "result", "times", "GB"), rows,
@@ -104,16 +104,17 @@ def knobs_table(found: Sequence[advice.Knob]) -> Table | None:
 
 
 def sweep_table(ranked: Sequence[Estimate]) -> Table:
-  """A sweep's candidates, in its order."""
+  """A sweep's first candidates, and all that were compiled, in its order."""
   rows = []
-  for e in ranked[:_SHOWN]:
+  # Those that compiling moved down, too.
+  for e in [*ranked[:_SHOWN], *(e for e in ranked[_SHOWN:] if e.compiled)]:
     sizes = e.job.mesh.shape
     rows.append((
         f"data {sizes['data']} x fsdp {sizes['fsdp']} x tensor {sizes['tensor']}",
         str(e.job.cfg.learner.microbatch_rows), str(e.job.cfg.rollout.slots), f"{e.step_s:,.1f}",
         f"{e.step_bound_s:,.1f}", gib(e.peak[1]), e.peak[0], "yes" if e.fits else "no", "yes" if e.compiled else "no"))
   return Table(
-      f"sweep: the first {len(rows)} of {len(ranked)}",
+      f"sweep: the best and the compiled of {len(ranked)}",
       ("mesh", "microbatch_rows", "slots", "predicted s", "at least s", "peak GiB", "at", "fits", "compiled"),
       tuple(rows), has_total=False)
 
@@ -121,14 +122,14 @@ def sweep_table(ranked: Sequence[Estimate]) -> Table:
 def header(made: Estimate, where: str) -> list[str]:
   """What is planned."""
   job, d = made.job, made.decoding
-  rows = job.n_rows // job.cfg.learner.minibatches
+  packed = "packed into" if job.cfg.learner.pack else "in"
   return [
       f"{job.topology}: {job.topology.n_chips} chips, {job.topology.n_devices} devices of "
       f"{gib(job.topology.hbm_bytes)} GiB, mesh {dict(job.mesh.shape)}",
       f"model: {where} ({job.arch.family}, {job.arch.n_layers} layers, width {job.arch.hidden_size})",
-      f"step: {job.shape.n_queries} queries x {job.cfg.rollout.rollouts_per_query} responses, rows of "
-      f"{job.n_columns:,} tokens, {job.cfg.learner.minibatches} updates of {rows} rows in "
-      f"{job.micro_batches(rows, update=True)[0]} micro-batches",
+      f"step: {job.shape.n_queries} queries x {job.cfg.rollout.rollouts_per_query} responses, {packed} rows of "
+      f"{job.n_columns:,} tokens; {job.n_minibatches} updates, together {d.n_micro} micro-batches of "
+      f"{job.micro_rows} row{'s' * (job.micro_rows > 1)} on each device, {d.real_share:.0%} of it real tokens",
       f"decoding: {job.plan.row_buckets[0]} slots, {d.n_segments} segments of up to {job.plan.segment_steps} tokens, "
       f"{d.n_steps:,} steps; slots busy {d.utilisation:.0%}; "
       f"{d.column_steps / max(d.row_steps, 1):,.0f} cache columns read per slot and step",
@@ -147,10 +148,11 @@ def assumptions(made: Estimate, prefix: str) -> list[str]:
       f"speed: {EFFICIENCY['compute']:.0%} of peak FLOP/s, {EFFICIENCY['memory']:.0%} of memory and "
       f"{EFFICIENCY['network']:.0%} of network bandwidth, all three overlapping; round numbers, not measured",
       f"network: a collective runs at the {made.job.topology.links} links of the worst connected chip, "
-      f"{made.job.topology.chip.link_gb_s:g} GB/s each way",
+      f"{made.job.topology.chip.link_gb_s:g} GB/s each way, without a latency of its own (which decoding split over "
+      "tensor would feel most)",
       f"{SEGMENT_S * 1e3:g} ms of the host between segments; grading, data, checkpoints and evaluations are left out",
       counts.ASSUMED,
-      "padding is computed: scoring and updates take every row to its last column"]
+      "scoring and updates take every row of a micro-batch that is not empty to its last column"]
   if not made.compiled:
     lines.append("NOT COMPILED: temporaries and network bytes are estimates")
   return ["assumed:", *(f"  {line}" for line in lines)]

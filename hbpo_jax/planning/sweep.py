@@ -20,11 +20,11 @@ MOST_COMPILED = 3
 def candidates(job: Job) -> Iterator[Job]:
   """The Jobs of a small grid around a configuration: those that its settings allow."""
   cfg, topology = job.cfg, job.topology
-  rows = job.n_rows // cfg.learner.minibatches
+  rows = job.shape.n_responses // cfg.learner.minibatches
   for data, fsdp, tensor in _splits(topology, job):
     shards = data * fsdp
     for micro in sorted({min(n * shards, rows) for n in ROWS_PER_DEVICE}):
-      for slots in sorted({min(n * shards, -(-job.n_rows // shards) * shards) for n in SLOTS_PER_DEVICE}):
+      for slots in sorted({min(n * shards, -(-job.shape.n_responses // shards) * shards) for n in SLOTS_PER_DEVICE}):
         try:
           yield make_job(_settings(cfg, data, fsdp, tensor, micro, slots), job.arch, topology, job.n_prefix)
         except ValueError:
@@ -44,7 +44,7 @@ def compile_best(
   best = []
   for made in ranked[:MOST_COMPILED]:
     said = compile_lib.compile_all(
-        made.job, programs.names(made.job), n_processes=n_processes,
+        made.job, programs.turns(made.job, made.decoding), n_processes=n_processes,
         progress=lambda c, job=made.job: progress(job, c))
     best.append(estimate.estimate(made.job, made.lengths, said))
   found = [*best, *ranked[MOST_COMPILED:]]

@@ -9,7 +9,7 @@ import pytest
 
 from hbpo_jax.config import LossConfig
 from hbpo_jax.models import presets
-from hbpo_jax.planning import chips, hlo, programs
+from hbpo_jax.planning import chips, decoding, hlo, programs
 from hbpo_jax.planning import compile as compile_lib
 from tests.planning.tiny_jobs import make_cfg, make_job
 
@@ -53,14 +53,15 @@ def test_what_the_process_says_comes_back(monkeypatch):
 
   def run(command, env, **_):
     environments.append(env)
-    assert command[-1] == "decode" and json.loads(pathlib.Path(command[-2]).read_text())["topology"] == "v5e:1x1"
+    spec = json.loads(pathlib.Path(command[-2]).read_text())
+    assert (command[-1], spec["topology"], spec["turns"]) == ("decode", "v5e:1x1", {"decode": 2})
     return subprocess.CompletedProcess(
         command, 0, "a line of libtpu\n" + json.dumps(compile_lib.to_json(said)) + "\n", "")
 
   monkeypatch.setattr(subprocess, "run", run)
   monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
   seen = []
-  made = compile_lib.compile_all(make_job(), ["decode"], progress=seen.append)["decode"]
+  made = compile_lib.compile_all(make_job(), {"decode": 2}, progress=seen.append)["decode"]
   assert made == seen[0] and made.ok and made.beyond_arguments == 5 + 4 - 3 + 2
   assert made.collectives == said.collectives and made.collectives[0].total_bytes == 84
   assert environments[0]["JAX_PLATFORMS"] == "cpu" and environments[0]["TPU_SKIP_MDS_QUERY"] == "1"
@@ -74,7 +75,7 @@ def test_a_crash_is_reported_and_takes_nothing_along(monkeypatch):
     return subprocess.CompletedProcess(command, 0, json.dumps(compile_lib.to_json(compile_lib.Compiled("update"))), "")
 
   monkeypatch.setattr(subprocess, "run", run)
-  made = compile_lib.compile_all(make_job(), ["score", "update"])
+  made = compile_lib.compile_all(make_job(), {"score": 1, "update": 1})
   assert made["update"].ok and not made["score"].ok
   assert made["score"].error == "the compiler's process ended with -6: Check failed: something"
 
@@ -82,13 +83,15 @@ def test_a_crash_is_reported_and_takes_nothing_along(monkeypatch):
 @pytest.mark.parametrize("name", ["publish", "prefill", "decode", "score", "update"])
 def test_programs_lower_for_the_cpu_as_well(name):
   made = make_job(n_devices=8)
-  said = compile_lib.report(made, name)
+  said = compile_lib.report(made, name, turns=3)
   assert said.ok and said.temporary > 0 and said.argument > 0
   assert all(isinstance(c, hlo.Collective) for c in said.collectives)
   if name == "update":
     assert said.alias > 0, "the state is donated"
     params = sum(x.size for x in jax.tree.leaves(made.state.params))
-    assert sum(c.total_bytes for c in said.collectives) >= params * 4 * 7 / 8
+    assert sum(c.total_bytes for c in said.collectives) >= 3 * params * 4 * 7 / 8, "in each micro-batch"
+    open_ended = [c.times for c in said.collectives if not c.exact]
+    assert open_ended and all(times % 3 == 0 for times in open_ended)
   if name == "decode":
     assert sum(c.total_bytes for c in said.collectives) < 10_000, "rows are independent"
 
@@ -96,4 +99,9 @@ def test_programs_lower_for_the_cpu_as_well(name):
 def test_which_programs():
   assert programs.names(make_job()) == ("publish", "prefill", "decode", "score", "update")
   with_kl = make_cfg(loss=LossConfig(kl_coef=0.1))
-  assert programs.names(make_job(with_kl)) == ("publish", "prefill", "decode", "score", "reference", "update")
+  made = make_job(with_kl)
+  assert programs.names(made) == ("publish", "prefill", "decode", "score", "reference", "update")
+  d = decoding.simulate(made, mean_tokens=None, mean_prompt=5)
+  assert programs.turns(made, d) == {
+      "publish": 1, "prefill": 1, "decode": 2, "score": d.n_micro, "reference": d.n_micro,
+      "update": round(d.n_micro / 2)}

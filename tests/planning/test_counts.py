@@ -38,23 +38,28 @@ def traced(function, *arguments):
   return matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("micro", [0, 16])
-def test_scoring(micro):
-  job = make_job(make_cfg(learner=LearnerConfig(minibatches=2, microbatch_rows=micro, logprob_chunk=32)))
-  counted = counts.learn(job, job.n_rows, backward=False).flops
-  batch = job.batch(job.n_rows, scored=False)
-  chunked = traced(job.learner._score_traced, job.state.params, batch, 1.0)
+def test_scoring(micro, pack):
+  job = make_job(make_cfg(learner=LearnerConfig(
+      minibatches=2, microbatch_rows=micro, logprob_chunk=32, pack=pack)))
+  n_micro = 2 * job.most_micro_batches
+  assert (n_micro, job.micro_rows) == {(0, False): (2, 32), (0, True): (32, 2)}.get((micro, pack), (4, 16))
+  counted = counts.learn(job, n_micro, backward=False).flops
+  batch = job.batch(2 * job.minibatch_rows, scored=False)
+  program = jax.make_jaxpr(job.learner._score_traced)(job.state.params, batch, 1.0).jaxpr
+  chunked = matmul_flops(program, turns=n_micro)
   # A chunk's last rows are padding.
-  assert counted == pytest.approx(chunked, rel=0.02) and counted <= chunked
+  assert counted == pytest.approx(chunked, rel=0.05) and counted <= chunked
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_an_update(remat):
   cfg = make_cfg(model=ModelConfig(compute_dtype="float32", remat=remat))
   job = make_job(cfg, arch=dataclasses.replace(tiny.ARCH, n_layers=3))
-  rows = job.n_rows // 2
-  program = job.learner._update.trace(job.state, job.batch(rows, scored=True), 1.0).jaxpr.jaxpr
-  assert counts.learn(job, rows, backward=True).flops == pytest.approx(matmul_flops(program), rel=1e-9)
+  program = job.learner._update.trace(job.state, job.batch(job.minibatch_rows, scored=True), 1.0).jaxpr.jaxpr
+  counted = counts.learn(job, 3, backward=True).flops
+  assert counted == pytest.approx(matmul_flops(program, turns=3), rel=1e-9)
 
 
 def test_prefill():
@@ -81,9 +86,25 @@ def test_a_segment_of_decoding():
       column_steps=rows * steps * columns, utilisation=1)
   counted = counts.decode(job, one)
   assert counted.flops == pytest.approx(matmul_flops(program.jaxpr, turns=steps), rel=1e-2)
+  # What each kind of work reads and writes, by doubling one after the other.
+  more = lambda **fields: counts.decode(job, dataclasses.replace(one, **fields)).hbm_bytes - counted.hbm_bytes
   weights = sum(x.size for x in jax.tree.leaves(job.sampler)) - job.arch.vocab_size * job.arch.hidden_size
-  keys_and_values = rows * steps * columns * 2 * 2 * 2 * 8 * 4  # layers, k and v, heads, size, float32
-  assert steps * weights * 4 + keys_and_values <= counted.hbm_bytes <= 2 * (steps * weights * 4 + keys_and_values)
+  token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, size, float32
+  assert more(n_steps=2 * steps) == pytest.approx(steps * weights * 4)
+  assert more(column_steps=2 * one.column_steps) == pytest.approx(one.column_steps * token)
+  assert more(n_segments=2) == pytest.approx(rows * 14 * token * 3), "the contexts of 10 + 3 columns, in whole segments"
+
+
+def test_an_updates_traffic():
+  job = make_job()
+  counted = lambda n, **fields: counts.learn(dataclasses.replace(job, **fields), n, backward=True).hbm_bytes
+  params = sum(x.size for x in jax.tree.leaves(job.state.params))
+  fixed = 2 * counted(1) - counted(2)
+  assert fixed == pytest.approx(2 * params * counts.OPTIMIZER_BYTES), "the optimizer's, once for each of two updates"
+  rows, T, H, L = job.micro_rows, job.n_columns, 4, 2
+  scores = counted(2) - counted(1)
+  assert scores > L * H * rows * T * T * (2 * counts.SCORE_BYTES[0] + counts.SCORE_BYTES[1])
+  assert scores > 4 * params * 4 + counts.ACCUMULATE_BYTES * params, "weights twice written and read, and gradients"
 
 
 def test_the_forward_pass_against_xla():
@@ -97,9 +118,11 @@ def test_the_forward_pass_against_xla():
 
 
 def test_devices_share_the_work():
-  one, eight = make_job(), make_job(n_devices=8)
+  cfg = make_cfg(learner=LearnerConfig(minibatches=2, microbatch_rows=0, pack=False))
+  one, eight = make_job(cfg), make_job(cfg, n_devices=8)
   d = decoding.simulate(one, mean_tokens=None, mean_prompt=5)
-  cost_1, cost_8 = counts.step(one, d), counts.step(eight, decoding.simulate(eight, mean_tokens=None, mean_prompt=5))
+  d_8 = decoding.simulate(eight, mean_tokens=None, mean_prompt=5)
+  cost_1, cost_8 = counts.step(one, d), counts.step(eight, d_8)
   assert list(cost_1) == ["publish", "prefill", "decode", "score", "update"]
   for name in ("prefill", "score", "update"):
     assert cost_8[name].flops == pytest.approx(cost_1[name].flops / 8)
@@ -107,7 +130,7 @@ def test_devices_share_the_work():
   params = sum(x.size for x in jax.tree.leaves(one.state.params))
   # Every weight is gathered by each of two updates forward and backward; every gradient is scattered once.
   assert cost_8["update"].network_bytes == pytest.approx(2 * (2 + 1) * params * 4 * 7 / 8)
-  split = make_job(n_devices=8, fsdp=4, tensor=2)
+  split = make_job(cfg, n_devices=8, fsdp=4, tensor=2)
   d = decoding.simulate(split, mean_tokens=None, mean_prompt=5)
   assert counts.step(split, d)["update"].flops == pytest.approx(cost_1["update"].flops / 8)
   assert counts.step(split, d)["decode"].network_bytes > 0

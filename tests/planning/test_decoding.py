@@ -6,8 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from hbpo_jax.config import LearnerConfig
+from hbpo_jax.learning import packing
 from hbpo_jax.planning import decoding
 from hbpo_jax.rollout import schedule
+from hbpo_jax.structs import Rollouts
 from tests.planning.tiny_jobs import make_cfg, make_job
 from tests.rollout import tiny
 
@@ -45,6 +48,36 @@ def test_lengths_follow_the_assumption():
   assert long.truncated > 0.95 and long.mean_tokens > 3900
   assert budgets.n_steps < given.n_steps < long.n_steps
   assert budgets == decoding.simulate(job, mean_tokens=None, mean_prompt=5), "the same numbers again"
+
+
+@pytest.mark.parametrize("n_devices", [1, 8])
+def test_micro_batches_are_those_that_packing_fills(n_devices):
+  job = make_job(make_cfg(learner=LearnerConfig(minibatches=2, microbatch_rows=8)), n_devices=n_devices)
+  prompts, rng = tiny.make_prompts(), np.random.default_rng(0)
+  n_BGJ = rng.integers(3, np.array(job.shape.widths)[None, :, None] + 1, (8, 2, 4))
+  per_group = lambda dtype: tuple(np.zeros((8, 4, width), dtype) for width in job.shape.widths)
+  rollouts = Rollouts(
+      tokens=per_group(np.int32), completion_mask=per_group(bool), logp_sampler=per_group(np.float32),
+      n_tokens_BGJ=n_BGJ, n_gen_BGJ=n_BGJ, truncated_BGJ=n_BGJ < 0)
+  batch, share = packing.pack(
+      prompts, rollouts, np.ones((8, 2, 4)), n_minibatches=2, micro_rows=8, shards=job.shards)
+  length_BN = (prompts.n_prompt_B[:, None, None] + n_BGJ).reshape(8, 8)
+  counted = decoding.micro_batches(job, length_BN)
+  assert counted * 8 * job.n_columns == round(length_BN.sum() / share)
+  assert batch.tokens_RT.shape == (2 * job.minibatch_rows, job.n_columns)
+  assert batch.completion_mask_RC.shape == (2 * job.minibatch_rows, job.n_targets)
+  planned = job.batch(2 * job.minibatch_rows, scored=False)
+  assert planned.segment_RT.shape == batch.segment_RT.shape
+  simulated = decoding.simulate(job, mean_tokens=None, mean_prompt=5)
+  assert 0.4 < simulated.real_share <= 1 and 2 <= simulated.n_micro <= 2 * job.most_micro_batches
+
+
+def test_without_packing_every_row_is_computed():
+  job = make_job(make_cfg(learner=LearnerConfig(minibatches=2, microbatch_rows=8, pack=False)))
+  made = decoding.simulate(job, mean_tokens=None, mean_prompt=5)
+  assert (made.n_micro, job.n_targets) == (8, 14)
+  # 5 of the prompt, 2 or 3 of the sentence, and what was sampled, of 24 columns.
+  assert made.real_share == pytest.approx((5 + 2.5 + made.mean_tokens) / 24)
 
 
 def test_longer_prompts_are_read_in_every_step():

@@ -39,7 +39,8 @@ def test_what_stays_is_what_learner_and_engine_hold(job):
   assert kept.sampler == on_first_device(made.publish(state.params))
   assert kept.pool == on_first_device(programs.new_pool())
   assert kept.cache == on_first_device((live.cache, live.hidden_RD))
-  rows = job.learner.place(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), job.batch(job.n_rows, scored=True)))
+  batch = job.batch(2 * job.minibatch_rows, scored=True)
+  rows = job.learner.place(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch))
   assert kept.batch == 2 * on_first_device(rows)
   assert kept.reference == 0
 
@@ -49,6 +50,8 @@ def test_bfloat16_weights_and_a_reference():
   cfg = make_cfg(model=ModelConfig(compute_dtype="bfloat16", param_dtype="bfloat16"), loss=LossConfig(kl_coef=0.1))
   kept = memory.resident(make_job(cfg, n_devices=8))
   assert kept.params == plain.params // 2 == kept.reference
+  mixed = make_cfg(model=ModelConfig(compute_dtype="bfloat16"), loss=LossConfig(kl_coef=0.1))
+  assert memory.resident(make_job(mixed, n_devices=8)).reference == plain.params // 2
   assert kept.optimizer == plain.optimizer, "moments are float32 whatever the weights are"
   assert kept.cache == plain.cache // 2
 
@@ -71,15 +74,22 @@ def test_what_lies_beside_each_program():
 @pytest.mark.parametrize("program, change", [
     ("decode", dict(rollout=dataclasses.replace(make_cfg().rollout, slots=32))),
     ("prefill", dict(data=dataclasses.replace(make_cfg().data, max_prompt_tokens=20))),
-    ("update", dict(learner=dataclasses.replace(make_cfg().learner, minibatches=1))),
+    ("update", dict(learner=dataclasses.replace(make_cfg().learner, microbatch_rows=16))),
     ("update", dict(model=ModelConfig(compute_dtype="float32", remat="none")))])
 def test_temporaries_grow_with_their_causes(program, change):
   assert memory.temporaries(make_job(make_cfg(**change)))[program] > memory.temporaries(make_job())[program]
 
 
+def test_each_layer_keeps_its_input_for_the_backward_pass():
+  two, four = (make_job(arch=dataclasses.replace(tiny.ARCH, n_layers=n)) for n in (2, 4))
+  more = memory.temporaries(four)["update"] - memory.temporaries(two)["update"]
+  weights = memory.resident(four).params - memory.resident(two).params
+  assert more == 2 * two.micro_rows * two.n_columns * tiny.ARCH.hidden_size * 4 + 2 * weights
+
+
 def test_arguments_are_those_of_the_compiled_programs():
   job = make_job(n_devices=8)
-  batch = job.batch(job.n_rows // 2, scored=True)
+  batch = job.batch(job.minibatch_rows, scored=True)
   with jax.set_mesh(job.mesh):
     compiled = job.learner._update.lower(job.state, batch, 1.0).compile()
   # The temperature and the step's counters.
