@@ -6,6 +6,7 @@ authors' release and in our own default. The front ends (command-line flags and
 gin, `hbpo_jax.flags`) are generated from these dataclasses.
 """
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -377,7 +378,7 @@ def from_config_dict(cd: config_dict.ConfigDict) -> Config:
     ValueError: when a field is unknown, missing, or of the wrong type; names field, value and remedy.
   """
   table = field_table()
-  flat = _flatten(cd.to_dict())
+  flat = flatten(cd.to_dict())
   if unknown := sorted(set(flat) - set(table)):
     raise ValueError(f"config.{unknown[0]} is not a setting; remove it (see hbpo_jax/config.py for all settings).")
   if missing := sorted(set(table) - set(flat)):
@@ -395,11 +396,12 @@ def to_json_dict(cfg: Config) -> dict[str, Any]:
   return dataclasses.asdict(cfg)
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """A nested mapping by dotted name; one that is flat stays as it is."""
   flat = {}
   for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flatten(value, f"{prefix}{key}.")
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f"{prefix}{key}.")
     else:
       flat[prefix + key] = value
   return flat

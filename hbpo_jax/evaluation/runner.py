@@ -182,12 +182,11 @@ class Runner:
 
   def _keep(self, store: Store, b: Benchmark, rows: list[dict[str, Any]]) -> None:
     """Stores responses with their verdicts; without, where grading fails, so that none is lost."""
+    kept = rows
     try:
-      graded = self._graded(b, rows)
-    except BaseException:
-      store.append(b.name, rows)
-      raise
-    store.append(b.name, graded)
+      kept = self._graded(b, rows)
+    finally:
+      store.append(b.name, kept)
     self._done += len(rows)
     self._progress(self._done, self._total)
 

@@ -93,12 +93,7 @@ def step_metrics(
         "inter": inter_BGJ[:, g].mean(),
         "inter_abs": np.abs(inter_BGJ[:, g]).mean(),
         "negative_advantage": (total_BGJ[:, g] < 0).mean(),
-    }
-    if n_prefix_G[g]:
-      logp_BJC = np.asarray(rollouts.logp_sampler[g], np.float64)
-      sentence_logp_BJ = logp_BJC[..., :n_prefix_G[g]].sum(axis=-1)
-      panel["sentence_probability"] = np.exp(sentence_logp_BJ).mean()
-      panel["sentence_logp"] = sentence_logp_BJ.mean()
+    } | _sentence(rollouts.logp_sampler[g], n_prefix_G[g])
     metrics |= {f"budget_{budget}/{name}": value for name, value in panel.items()}
   return {tag: float(value) for tag, value in metrics.items()}
 
@@ -113,6 +108,14 @@ def _entropy(rollouts: Rollouts, n_prefix_G: np.ndarray) -> float:
     total += np.where(sampled_BJC, np.asarray(logp_BJC, np.float64), 0.0).sum()
     count += int(sampled_BJC.sum())
   return -total / count if count else 0.0
+
+
+def _sentence(logp_BJC: Any, n_prefix: int) -> dict[str, Any]:
+  """How likely the forced sentence was, over a subgroup's responses; nothing where there is none."""
+  if not n_prefix:
+    return {}
+  sentence_logp_BJ = np.asarray(logp_BJC, np.float64)[..., :n_prefix].sum(axis=-1)
+  return {"sentence_probability": np.exp(sentence_logp_BJ).mean(), "sentence_logp": sentence_logp_BJ.mean()}
 
 
 def _shaped(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What a report reads: training runs with their evaluations, and evaluations on their own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
@@ -8,7 +8,7 @@ import pathlib
 import re
 from typing import Any
 
-from hbpo_jax import run_info
+from hbpo_jax import config, run_info
 from hbpo_jax.evaluation import results as results_lib
 from hbpo_jax.evaluation import store
 from hbpo_jax.evaluation.store import Evaluated
@@ -51,8 +51,8 @@ class Run:
   def settings(self) -> dict[str, Any]:
     """All settings by dotted name."""
     if self.info is not None:
-      return flat(self.info["config"])
-    return flat(self.evaluations[0].evaluated.manifest["settings"])
+      return config.flatten(self.info["config"])
+    return config.flatten(self.evaluations[0].evaluated.manifest["settings"])
 
   @property
   def main(self) -> tuple[Assessed, ...]:
@@ -123,17 +123,6 @@ def read(path: str | os.PathLike, name: str, *, alone: bool = False) -> Run:
       read_rows(samples) if samples.is_file() else [], tuple(evaluations), tuple(notes))
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """A nested mapping by dotted name; one that is flat stays as it is."""
-  found = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      found |= flat(value, f"{prefix}{key}.")
-    else:
-      found[prefix + key] = value
-  return found
-
-
 def different_settings(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
   """(setting, its value in each run, None where a run lacks it) where the runs that have it differ."""
   settings = [run.settings for run in runs]
@@ -180,7 +169,7 @@ def _read_evaluations(root: pathlib.Path, prefix: str) -> list[Assessed]:
 
 def _assess(folder: pathlib.Path, name: str, stage: str, step: int | None) -> Assessed:
   evaluated = store.open_existing(folder)
-  sentence = flat(evaluated.manifest["settings"]).get("prompt.budget_sentence")
+  sentence = config.flatten(evaluated.manifest["settings"]).get("prompt.budget_sentence")
   if not isinstance(sentence, str):
     raise ValueError(
         f"{folder / store.MANIFEST} has no setting prompt.budget_sentence; restore it, or evaluate again in another "
