@@ -30,7 +30,9 @@ class ModelConfig:
   preset: str = setting("", "Architecture preset (hbpo_jax.models.presets); compared with the checkpoint at load.")
   compute_dtype: str = setting("bfloat16", "dtype of activations and matmuls: bfloat16 or float32.")
   param_dtype: str = setting("float32", "dtype of the master weights: float32 or bfloat16.")
-  remat: str = setting("full", "Rematerialisation of each layer in training: none, dots or full.")
+  remat: str = setting(
+      "full", "What training keeps of each layer for the backward pass: none (rematerialise nothing), dots (matmul "
+      "outputs), full (the layer's input), or offload (that input, in the host's memory).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,9 @@ class OptimizerConfig:
   eps: float = setting(1e-8, "AdamW epsilon.")
   weight_decay: float = setting(0.01, "AdamW decoupled weight decay.")
   clip_norm: float = setting(1.0, "Global gradient-norm clip.")
+  first_moment_dtype: str = setting("float32", "dtype in which AdamW keeps the first moment: float32 or bfloat16.")
+  second_moment: str = setting(
+      "full", "AdamW's second moment: full, or factored (of a matrix only row and column means are kept).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +159,7 @@ class LearnerConfig:
       0, "Rows per forward-backward; 0 means a sixteenth of a minibatch's packed rows, or all of its unpacked ones. "
       "No effect on the result.")
   logprob_chunk: int = setting(256, "Tokens per chunk of the log-probability computation.")
+  attention_kernel: str = setting("auto", "Attention in scoring and updates: auto, xla, splash (TPU) or cudnn (GPU).")
   nonfinite: str = setting("skip", "On a non-finite loss or gradient: 'skip' the update and count it, or 'stop'.")
 
 

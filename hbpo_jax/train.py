@@ -93,10 +93,10 @@ class Trainer:
     # Rewards and advantages within and across budgets.
     reward_BGJ, advantage = rewards_and_advantages(rollouts.n_gen_BGJ, score_BGJ, finished_BGJ, cfg=cfg)
 
-    # pi_old (and pi_ref) by the trainer's own forward pass, then one update per minibatch.
+    # pi_old (and pi_ref) by the trainer's own forward pass, then one update per minibatch. If there is only one, its
+    # forward pass gives pi_old.
     batch, real_share = self.learner.make_batch(prompts, rollouts, advantage.total_BGJ)
-    batch = batch.replace(logp_old_RC=self.learner.score(state.params, batch))
-    gap = self.learner.sampler_gap(batch)
+    batch, gap = self.learner.score_old(state.params, batch)
     if self.reference is not None:
       batch = batch.replace(logp_ref_RC=self.reference.score(batch))
     updates = []

@@ -14,7 +14,7 @@ _CHOICES = {
     "profile": tuple(config.PROFILES),
     "model.compute_dtype": ("bfloat16", "float32"),
     "model.param_dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "full", "offload"),
     "prompt.prefix_role": ("action", "context"),
     "rollout.layers": ("auto", "stacked", "unrolled"),
     "rollout.prefill_kernel": ("auto", "xla", "splash", "cudnn"),
@@ -23,6 +23,9 @@ _CHOICES = {
     "advantage.std_ddof": (0, 1),
     "loss.kl_estimator": ("k1", "k2", "k3"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
+    "optimizer.first_moment_dtype": ("float32", "bfloat16"),
+    "optimizer.second_moment": ("full", "factored"),
+    "learner.attention_kernel": ("auto", "xla", "splash", "cudnn"),
     "learner.nonfinite": ("skip", "stop"),
     "eval.best": ("accuracy", "tokens", "none"),
 }
@@ -193,9 +196,10 @@ def _check_sampler(cfg: config.Config) -> None:
   sizes = cfg.rollout.length_buckets
   _require(not sizes or (_increasing(sizes) and sizes[0] > 0), cfg, "rollout.length_buckets",
            "is not strictly increasing from at least 1", "write the sizes in ascending order, or () for powers of two")
-  _require(cfg.rollout.prefill_kernel != "cudnn" or cfg.model.compute_dtype == "bfloat16", cfg,
-           "rollout.prefill_kernel", f"needs 16 bits, but config.model.compute_dtype={cfg.model.compute_dtype!r}",
-           "set model.compute_dtype=bfloat16, or prefill_kernel=xla")
+  for field in ("rollout.prefill_kernel", "learner.attention_kernel"):
+    _require(config.get(cfg, field) != "cudnn" or cfg.model.compute_dtype == "bfloat16", cfg, field,
+             f"needs 16 bits, but config.model.compute_dtype={cfg.model.compute_dtype!r}",
+             f"set model.compute_dtype=bfloat16, or {field}=xla")
 
 
 def _increasing(values: Sequence[int]) -> bool:

@@ -18,7 +18,7 @@ from hbpo_jax import structs
 from hbpo_jax.config import Config, LossConfig
 from hbpo_jax.learning import optimizer, packing, scoring
 from hbpo_jax.learning.scoring import batch_logps, chunked_logps, score  # noqa: F401  (the room's front door)
-from hbpo_jax.models import decoder, sharding
+from hbpo_jax.models import decoder, kernels, sharding
 from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.objective import loss
 from hbpo_jax.structs import Batch, Prompts, Rollouts, TrainState
@@ -31,12 +31,12 @@ LossFunction = Callable[[Any, Batch, jax.Array], tuple[jax.Array, loss.LossSums]
 
 def policy_loss(
     params: Any, batch: Batch, n_tokens: jax.Array, temperature: jax.Array | float,
-    *, arch: Architecture, cfg: Config, shards: int = 1,
+    *, arch: Architecture, cfg: Config, shards: int = 1, kernel: str = "xla",
 ) -> tuple[jax.Array, loss.LossSums]:
   """A micro-batch's share of the minibatch's loss: sum over its tokens / tokens of the whole minibatch.
 
   Args:
-    batch: with advantage_RC, logp_old_RC and what cfg.loss needs.
+    batch: with advantage_RC and what cfg.loss needs; without logp_old_RC where `params` are those of pi_old.
     n_tokens: float32 [], tokens that carry loss in the whole minibatch.
     temperature: float [], of the sampler.
   Returns:
@@ -45,10 +45,9 @@ def policy_loss(
     ValueError: when an array that the loss needs is None.
   Source: Eq. 6.
   """
-  if batch.advantage_RC is None or batch.logp_old_RC is None:
-    missing = "advantage_RC" if batch.advantage_RC is None else "logp_old_RC"
-    raise ValueError(f"batch.{missing} is None; compute the advantages and score the batch before updating.")
-  logp_RC = batch_logps(params, arch, cfg, batch, temperature, shards=shards)
+  if batch.advantage_RC is None:
+    raise ValueError("batch.advantage_RC is None; compute the advantages before updating.")
+  logp_RC = batch_logps(params, arch, cfg, batch, temperature, shards=shards, kernel=kernel)
   sums = loss.policy_sums(
       logp_RC, batch.logp_old_RC, batch.advantage_RC, batch.completion_mask_RC, cfg=cfg.loss,
       logp_ref_RC=batch.logp_ref_RC, logp_sampler_RC=batch.logp_sampler_RC)
@@ -56,10 +55,11 @@ def policy_loss(
 
 
 def supervised_loss(
-    params: Any, batch: Batch, n_tokens: jax.Array, *, arch: Architecture, cfg: Config, shards: int = 1
+    params: Any, batch: Batch, n_tokens: jax.Array, *, arch: Architecture, cfg: Config, shards: int = 1,
+    kernel: str = "xla",
 ) -> tuple[jax.Array, loss.LossSums]:
   """A micro-batch's share of the token-mean cross-entropy; of the sums only `loss` is set."""
-  logp_RC = batch_logps(params, arch, cfg, batch, 1.0, shards=shards)
+  logp_RC = batch_logps(params, arch, cfg, batch, 1.0, shards=shards, kernel=kernel)
   total = loss.cross_entropy_sum(logp_RC, batch.completion_mask_RC)
   return total / n_tokens, loss.LossSums.zero().replace(loss=jax.lax.stop_gradient(total))
 
@@ -119,38 +119,19 @@ def apply(
 
 
 def sampler_gap(batch: Batch, cfg: LossConfig) -> Metrics:
-  """How far the trainer's log-probabilities lie from the sampler's over the tokens that carry loss.
-
-      sampler_gap_mean, sampler_gap_max   of |d|,  d = logp_old - logp_sampler
-      sampler_kl                          mean of exp(d) - 1 - d, the k3 estimate of KL(sampler || trainer)
-      sampler_outside_clip                share of tokens with exp(d) outside [1 - clip_low, 1 + clip_high]
-
-  With top-p or top-k the two distributions differ on purpose. Forced tokens that carry loss count as well, although
-  the sampler did not draw them.
+  """The metrics of `loss.gap_sums` over the tokens of a batch that carry loss; float32 [] each, 0 without tokens.
 
   Args:
     batch: with logp_old_RC and logp_sampler_RC.
     cfg: its clip bounds are read.
-  Returns:
-    float32 [] each, 0 without tokens.
   Raises:
     ValueError: when one of the two is None.
   """
   if batch.logp_old_RC is None or batch.logp_sampler_RC is None:
     raise ValueError("batch.logp_old_RC or logp_sampler_RC is None; score the batch and keep the sampler's values.")
   mask_RC = batch.completion_mask_RC
-  old_RC, sampler_RC = (jnp.where(mask_RC, x, 0.0) for x in (batch.logp_old_RC, batch.logp_sampler_RC))
-  log_ratio_RC = old_RC - sampler_RC
-  # The bounds in logarithms: exp would overflow where the two have nothing in common.
-  low, high = math.log1p(-cfg.clip_low), math.log1p(cfg.clip_high)
-  outside_RC = (log_ratio_RC < low) | (log_ratio_RC > high)
   n_tokens = jnp.maximum(jnp.sum(mask_RC, dtype=jnp.float32), 1.0)
-  return {
-      "sampler_gap_mean": jnp.sum(jnp.abs(log_ratio_RC)) / n_tokens,
-      "sampler_gap_max": jnp.max(jnp.abs(log_ratio_RC), initial=0.0),
-      "sampler_kl": jnp.sum(loss.kl_estimate(sampler_RC, old_RC, "k3")) / n_tokens,
-      "sampler_outside_clip": jnp.sum(outside_RC, dtype=jnp.float32) / n_tokens,
-  }
+  return loss.gap_sums(batch.logp_old_RC, batch.logp_sampler_RC, mask_RC, cfg).metrics(n_tokens)
 
 
 def check_finite(metrics: dict[str, Any], step: int) -> None:
@@ -173,6 +154,7 @@ class Learner:
   """Jitted scoring and updates on one mesh. All methods take and return global arrays.
 
   Attributes:
+    kernel: of the attention in scoring and updates.
     micro_rows: rows of one forward-backward of a policy update.
     param_shardings: NamedSharding of every parameter.
     state_shardings: TrainState of NamedShardings; the optimizer's moments lie like their parameters.
@@ -180,7 +162,9 @@ class Learner:
     schedule: learning rate by update.
   """
 
-  def __init__(self, arch: Architecture, cfg: Config, mesh: Mesh, *, total_updates: int | None = None):
+  def __init__(
+      self, arch: Architecture, cfg: Config, mesh: Mesh, *, total_updates: int | None = None,
+      platform: str | None = None):
     """Builds the jitted functions; compiles nothing yet.
 
     Args:
@@ -188,9 +172,12 @@ class Learner:
       cfg: the run's settings.
       mesh: axes data, fsdp, tensor.
       total_updates: length of the learning-rate schedule; None means cfg.steps * cfg.learner.minibatches.
+      platform: JAX's name of the devices; None means that of the mesh, which then has devices.
     Raises:
-      ValueError: when optimizer.schedule does not exist.
+      ValueError: when optimizer.schedule does not exist, or the attention kernel does not run there.
     """
+    self.kernel = kernels.resolve(
+        "learner.attention_kernel", cfg.learner.attention_kernel, platform or mesh.devices.flat[0].platform)
     total = cfg.steps * cfg.learner.minibatches if total_updates is None else total_updates
     self.arch, self.cfg, self.mesh = arch, cfg, mesh
     self.shards = mesh.size // mesh.shape["tensor"]
@@ -202,9 +189,11 @@ class Learner:
     self.param_shardings = sharding.param_shardings(arch, mesh)
     self.state_shardings = TrainState(
         step=whole, update=whole, params=self.param_shardings,
-        opt_state=_opt_state_shardings(self._tx, arch, self.param_shardings, whole))
-    policy = functools.partial(policy_loss, arch=arch, cfg=cfg, shards=self.shards)
-    supervised = functools.partial(supervised_loss, arch=arch, cfg=cfg, shards=self.shards)
+        opt_state=optimizer.state_shardings(
+            self._tx, _abstract_params(arch, "float32"), self.param_shardings, whole))
+    policy, supervised = (
+        functools.partial(f, arch=arch, cfg=cfg, shards=self.shards, kernel=self.kernel)
+        for f in (policy_loss, supervised_loss))
     jit_update = functools.partial(
         jax.jit, donate_argnums=0, in_shardings=(self.state_shardings, self._rows, None),
         out_shardings=(self.state_shardings, whole))
@@ -276,6 +265,16 @@ class Learner:
     with jax.set_mesh(self.mesh):
       return self._score(params, batch, self.cfg.rollout.temperature if temperature is None else temperature)
 
+  def score_old(self, params: Any, batch: Batch) -> tuple[Batch, Metrics]:
+    """(the batch with logp_old_RC, `sampler_gap`); with one update per batch, (the batch as it is, nothing).
+
+    That update's own forward pass gives pi_old, and its metrics hold the gap.
+    """
+    if self.cfg.learner.minibatches == 1:
+      return batch, {}
+    batch = batch.replace(logp_old_RC=self.score(params, batch))
+    return batch, self.sampler_gap(batch)
+
   def sampler_gap(self, batch: Batch) -> Metrics:
     """As the function of that name; needs logp_old_RC and logp_sampler_RC."""
     return self._gap(self.place(batch))
@@ -298,17 +297,21 @@ class Learner:
     """One policy update from one minibatch. The given state is consumed (donated).
 
     Args:
-      batch: advantage_RC and logp_old_RC set; logp_ref_RC if kl_coef is not 0, logp_sampler_RC if importance_cap is.
+      batch: advantage_RC and, with several updates per batch, logp_old_RC set; logp_ref_RC if kl_coef is not 0,
+        logp_sampler_RC if importance_cap is or logp_old_RC is not.
     Returns:
       (state, metrics), metrics on the device, float32 []: loss, policy_loss, kl_ref, clip_fraction_low, _high, _dual,
-      ratio_mean, ratio_max, approx_kl, importance_mean, grad_norm (before clipping), lr, tokens, nonfinite.
+      ratio_mean, ratio_max, approx_kl, importance_mean, grad_norm (before clipping), lr, tokens, nonfinite; and those of
+      `sampler_gap` where the update itself gave pi_old.
     Raises:
       ValueError: when an array that the settings need is None.
     """
-    cfg = self.cfg.loss
+    cfg, own = self.cfg.loss, batch.logp_old_RC is None
+    if own and self.cfg.learner.minibatches > 1:
+      raise ValueError("batch.logp_old_RC is None; score the batch before the first of its updates.")
     batch = batch.replace(
         logp_ref_RC=batch.logp_ref_RC if cfg.kl_coef != 0 else None,
-        logp_sampler_RC=batch.logp_sampler_RC if cfg.importance_cap is not None else None)
+        logp_sampler_RC=batch.logp_sampler_RC if own or cfg.importance_cap is not None else None)
     with jax.set_mesh(self.mesh):
       return self._update(state, self.place(batch), self.cfg.rollout.temperature)
 
@@ -330,7 +333,8 @@ class Learner:
     # Without a micro-batch size, as many rows at once as an update takes.
     per_pass = self.micro_rows or max(rows // self.cfg.learner.minibatches, 1)
     n_micro = scoring.count_micro_batches(rows, per_pass, self.shards)
-    return score(params, self.arch, self.cfg, batch, temperature, shards=self.shards, n_micro=n_micro)
+    return score(
+        params, self.arch, self.cfg, batch, temperature, shards=self.shards, n_micro=n_micro, kernel=self.kernel)
 
   def _split_traced(self, batch):
     n = self.cfg.learner.minibatches
@@ -344,6 +348,8 @@ class Learner:
         n_micro=n_micro, shards=self.shards, shardings=self.param_shardings)
     metrics = loss.mean_metrics(sums, jnp.maximum(n_tokens, 1.0)) | {
         "lr": self.schedule(state.update), "tokens": n_tokens}
+    if batch.logp_old_RC is None and batch.logp_sampler_RC is not None:
+      metrics |= sums.gap.metrics(jnp.maximum(n_tokens, 1.0))
     state, applied = apply(state, gradient, metrics["loss"], self._tx)
     return state, metrics | applied
 
@@ -360,11 +366,6 @@ def _micro_rows(cfg: Config, shards: int) -> int:
 
 
 def _abstract_params(arch: Architecture, param_dtype: str) -> Any:
-
   return jax.eval_shape(functools.partial(decoder.init, arch, param_dtype=jnp.dtype(param_dtype)), jax.random.key(0))
 
 
-def _opt_state_shardings(tx, arch, param_shardings, whole):
-  shapes = jax.eval_shape(tx.init, _abstract_params(arch, "float32"))
-  return optax.tree_map_params(
-      tx, lambda _, s: s, shapes, param_shardings, transform_non_params=lambda _: whole)

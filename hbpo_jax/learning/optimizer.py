@@ -1,9 +1,11 @@
 """AdamW with gradient clipping and a learning-rate schedule, from the configuration."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 import optax
 
@@ -47,15 +49,59 @@ def learning_rate(cfg: OptimizerConfig, total_updates: int) -> Callable[[ArrayLi
 def make(cfg: OptimizerConfig, total_updates: int) -> optax.GradientTransformation:
   """Global-norm clipping, then AdamW with decoupled weight decay on every parameter.
 
+  With second_moment='factored', Adam's second moment is the outer product of its row and column means (Adafactor), over
+  the two largest axes of a parameter if both have at least 128 entries; and the first moment is that of the scaled
+  gradients, as in Adafactor, so that eps has no part in it.
+
   Args:
     cfg: the optimizer's settings.
     total_updates: updates of the whole run, for the schedule.
   Raises:
     ValueError: when the schedule does not exist.
-  Source: the release's optimizer: AdamW (0.9, 0.999), weight decay 0.01 on all parameters, clip norm 1.
+  Source: the release's optimizer: AdamW (0.9, 0.999), weight decay 0.01 on all parameters, clip norm 1. Factored
+    moments: Shazeer & Stern, "Adafactor", 2018.
   """
+  rate, dtype = learning_rate(cfg, total_updates), jnp.dtype(cfg.first_moment_dtype)
+  clip = optax.clip_by_global_norm(cfg.clip_norm)
+  if cfg.second_moment == "full":
+    return optax.chain(clip, optax.adamw(
+        rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mu_dtype=dtype))
+
+  def corrected(update: ArrayLike, b2: ArrayLike) -> jax.Array:
+    # As a decay, what Adam divides out: the mean of t + 1 squares with weights b2^i.
+    t = jnp.asarray(update, jnp.float32)
+    return b2 * (1 - b2**t) / (1 - b2**(t + 1))
+
   return optax.chain(
-      optax.clip_by_global_norm(cfg.clip_norm),
-      optax.adamw(
-          learning_rate(cfg, total_updates), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay),
+      clip,
+      optax.scale_by_factored_rms(decay_rate=cfg.b2, decay_rate_fn=corrected),
+      optax.ema(cfg.b1, debias=True, accumulator_dtype=dtype),
+      optax.add_decayed_weights(cfg.weight_decay),
+      optax.scale_by_learning_rate(rate),
   )
+
+
+def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, whole: Any) -> Any:
+  """Shardings of the optimizer's state: a moment lies like its parameter, a factored one like the axes it has left.
+
+  Args:
+    params: ShapeDtypeStructs.
+    shardings: NamedShardings, like params.
+    whole: of what belongs to no parameter.
+  """
+  def place(moment, parameter):
+    shape, sharding = parameter.shape, parameter.sharding
+    if moment.shape == shape:
+      return sharding
+    spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    for axis in range(len(shape)):
+      if moment.shape == shape[:axis] + shape[axis + 1:]:
+        left = spec[:axis] + spec[axis + 1:]
+        while left and left[-1] is None:
+          left = left[:-1]
+        return NamedSharding(sharding.mesh, PartitionSpec(*left))
+    return whole  # the placeholder of a moment that is kept in the other form
+
+  placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
+  return optax.tree_map_params(
+      tx, place, jax.eval_shape(tx.init, params), placed, transform_non_params=lambda _: whole)

@@ -105,14 +105,17 @@ def _backward(kept, cotangent):
     return constrain(head_grad, "batch", "vocab", "none"), product("scv,vd->scd", error, used).astype(hidden.dtype)
 
   head_grad, hidden_grad = jax.lax.scan(body, shards_VD, (hidden, targets, total, cotangent))
-  return hidden_grad, jnp.sum(head_grad, axis=0).astype(head.dtype), None, jnp.zeros_like(temperature)
+  # Summed where the gradient will lie, each device its share, and not everywhere.
+  total_VD = constrain(jnp.sum(head_grad, axis=0), "vocab", "width")
+  return hidden_grad, total_VD.astype(head.dtype), None, jnp.zeros_like(temperature)
 
 
 _chunk_scan.defvjp(_forward, _backward)
 
 
 def batch_logps(
-    params: Any, arch: Architecture, cfg: Config, batch: Batch, temperature: jax.Array | float, *, shards: int = 1
+    params: Any, arch: Architecture, cfg: Config, batch: Batch, temperature: jax.Array | float, *, shards: int = 1,
+    kernel: str = "xla",
 ) -> jax.Array:
   """Log-probability of every real completion token under `params`, in one forward pass over all rows.
 
@@ -125,6 +128,7 @@ def batch_logps(
     batch: its tokens, segments, positions and completion mask are read.
     temperature: float [], divides the logits.
     shards: as in `chunked_logps`.
+    kernel: of the attention, as in `decoder.forward`.
   Returns:
     float32 [R, C], 0 at padding.
   """
@@ -132,7 +136,7 @@ def batch_logps(
   P = batch.tokens_RT.shape[1] - C
   hidden_RTD = decoder.forward(
       params, arch, batch.tokens_RT, batch.segment_RT, batch.position_RT,
-      compute_dtype=jnp.dtype(cfg.model.compute_dtype), remat=cfg.model.remat)
+      compute_dtype=jnp.dtype(cfg.model.compute_dtype), remat=cfg.model.remat, kernel=kernel)
   logp_RC = chunked_logps(
       hidden_RTD[:, P - 1:P + C - 1], decoder.head_matrix(params, arch), batch.tokens_RT[:, P:],
       temperature=temperature, chunk=cfg.learner.logprob_chunk, shards=shards)
@@ -148,6 +152,7 @@ def score(
     *,
     shards: int = 1,
     n_micro: int = 1,
+    kernel: str = "xla",
 ) -> jax.Array:
   """`batch_logps`, one micro-batch after the other; float32 [R, C], 0 at padding.
 
@@ -159,7 +164,7 @@ def score(
 
   def one(logp, i, part):
     return jax.lax.dynamic_update_index_in_dim(
-        logp, batch_logps(params, arch, cfg, part, temperature, shards=shards), i, axis=0)
+        logp, batch_logps(params, arch, cfg, part, temperature, shards=shards, kernel=kernel), i, axis=0)
 
   mask = micro.completion_mask_RC
   empty = constrain(jnp.zeros(mask.shape, jnp.float32), "none", "batch", "none")

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 import functools
+import math
+from typing import Any
 
 from flax import struct
 import jax
@@ -25,6 +27,39 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   full = a.dtype == jnp.float32
   precision = jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT
   return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def linear(x: jax.Array, weight: jax.Array, inputs: str, outputs: str, dtype: Any) -> jax.Array:
+  """float32 [..., outputs] of x [..., inputs] and a weight [outputs, inputs], whose axes are named by a letter each.
+
+  Forward and backward, operands are rounded to `dtype` and products summed in float32: the weight's gradient is not
+  rounded again, and no matmul has a float32 operand beside a bfloat16 one, which a GPU would run in float32.
+  """
+  return product(f"...{inputs},{outputs}{inputs}->...{outputs}", x.astype(dtype), weight.astype(dtype))
+
+
+def _linear_forward(x, weight, inputs, outputs, dtype):
+  rounded_x = x.astype(dtype)
+  # An empty array carries x's own dtype.
+  return linear(rounded_x, weight, inputs, outputs, dtype), (rounded_x, weight, jnp.zeros((0,), x.dtype))
+
+
+def _linear_backward(inputs, outputs, dtype, kept, cotangent):
+  x, weight, like = kept
+  error, lead = cotangent.astype(dtype), "uvw"[:x.ndim - len(inputs)]
+  x_grad = product(f"{lead}{outputs},{outputs}{inputs}->{lead}{inputs}", error, weight.astype(dtype))
+  if _on_cpu() and math.prod(x.shape[len(lead):]) < math.prod(error.shape[len(lead):]):
+    # One operand is transposed on the way into the matmul. Let it be the smaller one: the other is the product of a
+    # long chain of elementwise operations, and as a part of that loop the transposition takes longer than the matmul.
+    gradient = product(f"{lead}{inputs},{lead}{outputs}->{inputs}{outputs}", x, error)
+    gradient = jnp.einsum(f"{inputs}{outputs}->{outputs}{inputs}", jax.lax.optimization_barrier(gradient))
+  else:
+    gradient = product(f"{lead}{outputs},{lead}{inputs}->{outputs}{inputs}", error, x)
+  return x_grad.astype(like.dtype), gradient.astype(weight.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -19,13 +19,15 @@ from typing import Any
 
 from flax import nnx, struct
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from hbpo_jax.models import attention, parameters
 from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.models.sharding import constrain
 
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "full", "offload")
+_LAYER_INPUT = "layer_input"
 
 
 @struct.dataclass
@@ -86,7 +88,7 @@ class Layer(nnx.Module):
   def _linear(self, x: jax.Array, inputs: str, weight: nnx.Param, outputs: str, dtype: jnp.dtype) -> jax.Array:
     """float32 [..., outputs] of x [..., inputs]; axes are named by a letter each."""
     if not self.inputs_first:
-      return _matmul(f"...{inputs},{outputs}{inputs}->...{outputs}", x, weight[...], dtype)
+      return attention.linear(x, weight[...], inputs, outputs, dtype)
     # As one plain matmul: of several contracted axes, XLA on CPU would transpose the weight at every use.
     w, lead = weight[...], x.shape[:x.ndim - len(inputs)]
     out = _matmul("...i,io->...o", x.reshape(*lead, -1), w.reshape(-1, math.prod(w.shape[len(inputs):])), dtype)
@@ -181,6 +183,7 @@ def run(
   rope = attention.rope_tables(arch, position_RT)
 
   def body(x, weights):
+    x = checkpoint_name(x, _LAYER_INPUT)
     layer = nnx.merge(graph, weights)
     query, key, value = layer.project(x, rope, dtype)
     query = constrain(query, "batch", "none", "heads", "none")
@@ -192,6 +195,10 @@ def run(
     body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
   elif remat == "full":
     body = jax.checkpoint(body, prevent_cse=False)
+  elif remat == "offload":
+    body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT], offload_src="device",
+        offload_dst="pinned_host"))
   x = constrain(model.embed_tokens(tokens_RT, dtype), "batch", "none", "none")
   if isinstance(layers, tuple):
     caches = []
@@ -223,7 +230,8 @@ def forward(
     segment_RT: int32 [R, T], 0 = padding; attention is causal by column and stays within a segment.
     position_RT: int32 [R, T], rotary positions; any value at padding.
     compute_dtype: dtype of matmul operands: bfloat16 or float32.
-    remat: what the backward pass keeps of each layer: 'none' = everything, 'dots' = matmul outputs, 'full' = its input.
+    remat: what the backward pass keeps of each layer: 'none' = everything, 'dots' = matmul outputs, 'full' = its input,
+      'offload' = its input, in the host's memory.
     kernel: attention: 'xla', 'splash' (TPU) or 'cudnn' (GPU).
   Returns:
     compute_dtype [R, T, D]; finite but meaningless at padding.

@@ -52,6 +52,30 @@ def choose(platform: str) -> tuple[str, str]:
   return ("splash", "pallas_tpu") if platform == "tpu" else ("xla", "xla")
 
 
+# The platforms of the kernels that do not run everywhere.
+_PLATFORMS = {"splash": ("tpu",), "pallas_tpu": ("tpu",), "cudnn": ("gpu", "cuda"), "pallas_gpu": ("gpu", "cuda")}
+
+
+def resolve(field: str, kernel: str, platform: str) -> str:
+  """The kernel that a setting asks for on a platform; 'auto' is what suits it.
+
+  Args:
+    field: of the setting, such as 'rollout.decode_kernel'.
+    kernel: its value.
+    platform: of the devices, by JAX's name.
+  Raises:
+    ValueError: when the kernel does not run there.
+  """
+  if platform not in _PLATFORMS.get(kernel, (platform,)):
+    raise ValueError(
+        f"config.{field}={kernel!r} runs on {_PLATFORMS[kernel][0].upper()} only, and these devices are "
+        f"{platform.upper()}; set it to auto.")
+  if kernel != "auto":
+    return kernel
+  prefill, decode = choose(platform)
+  return decode if field == "rollout.decode_kernel" else prefill
+
+
 def _on_shards(
     function: Callable, dims: Sequence[str], out_dims: str, n_rows: int, n_kv_heads: int, *arrays) -> jax.Array:
   """function(*arrays), on each device's share under an ambient mesh of several.

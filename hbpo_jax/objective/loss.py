@@ -4,6 +4,8 @@ Everything here is a sum (or a maximum), so that micro-batches and devices add u
 batch is cut; the one division by the minibatch's token count happens in `mean_metrics` and in the learner.
 """
 
+import math
+
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,56 @@ MAX_LOG_RATIO = 20.0
 
 
 @struct.dataclass
+class GapSums:
+  """How far the trainer's log-probabilities lie from the sampler's: sums over tokens, [] float32; `largest` a maximum.
+
+  distance: |d|, d = logp_old - logp_sampler.  largest: of |d|.
+  kl: exp(d) - 1 - d, the k3 estimate of KL(sampler || trainer).
+  outside: tokens with exp(d) outside [1 - clip_low, 1 + clip_high].
+  """
+  distance: jax.Array
+  largest: jax.Array
+  kl: jax.Array
+  outside: jax.Array
+
+  @classmethod
+  def zero(cls) -> "GapSums":
+    """The neutral element of `add`."""
+    return cls(**dict.fromkeys(cls.__dataclass_fields__, jnp.zeros((), jnp.float32)))
+
+  def add(self, other: "GapSums") -> "GapSums":
+    """The sums of both micro-batches together."""
+    return jax.tree.map(jnp.add, self, other).replace(largest=jnp.maximum(self.largest, other.largest))
+
+  def metrics(self, n_tokens: jax.Array) -> dict[str, jax.Array]:
+    """float32 [] each, over n_tokens: sampler_gap_mean, sampler_gap_max, sampler_kl and sampler_outside_clip."""
+    return {
+        "sampler_gap_mean": self.distance / n_tokens, "sampler_gap_max": self.largest,
+        "sampler_kl": self.kl / n_tokens, "sampler_outside_clip": self.outside / n_tokens}
+
+
+def gap_sums(logp_old_RC: jax.Array, logp_sampler_RC: jax.Array, mask_RC: jax.Array, cfg: LossConfig) -> GapSums:
+  """The GapSums over the tokens of `mask_RC`; all 0 without tokens.
+
+  With top-p or top-k the two distributions differ on purpose. Forced tokens that carry loss count as well, although
+  the sampler did not draw them.
+
+  Args:
+    logp_old_RC, logp_sampler_RC: float32 [R, C]; values outside the mask are never used.
+    mask_RC: bool [R, C].
+    cfg: its clip bounds are read.
+  """
+  old_RC, sampler_RC = (jax.lax.stop_gradient(jnp.where(mask_RC, x, 0.0)) for x in (logp_old_RC, logp_sampler_RC))
+  log_ratio_RC = old_RC - sampler_RC
+  # The bounds in logarithms: exp would overflow where the two have nothing in common.
+  outside_RC = (log_ratio_RC < math.log1p(-cfg.clip_low)) | (log_ratio_RC > math.log1p(cfg.clip_high))
+  distance_RC = jnp.abs(log_ratio_RC)
+  return GapSums(
+      distance=jnp.sum(distance_RC), largest=jnp.max(distance_RC, initial=0.0),
+      kl=jnp.sum(kl_estimate(sampler_RC, old_RC, "k3")), outside=jnp.sum(outside_RC, dtype=jnp.float32))
+
+
+@struct.dataclass
 class LossSums:
   """Sums over the tokens that carry loss, [] each in the dtype of logp; `ratio_max` is a maximum.
 
@@ -26,6 +78,7 @@ class LossSums:
   ratio: pi / pi_old.  ratio_max: its maximum, 0 without tokens.
   approx_kl: k3 estimate of KL(pi_old || pi).
   importance: the truncated weight pi_old / pi_sampler.
+  gap: pi_old against pi_sampler, 0 where the sampler's log-probabilities are not given.
   """
   loss: jax.Array
   policy: jax.Array
@@ -37,21 +90,23 @@ class LossSums:
   ratio_max: jax.Array
   approx_kl: jax.Array
   importance: jax.Array
+  gap: GapSums
 
   @classmethod
   def zero(cls) -> "LossSums":
     """The neutral element of `add`."""
     zero = jnp.zeros((), jnp.float32)
-    return cls(**dict.fromkeys(cls.__dataclass_fields__, zero))
+    return cls(**dict.fromkeys(cls.__dataclass_fields__, zero) | {"gap": GapSums.zero()})
 
   def add(self, other: "LossSums") -> "LossSums":
     """The sums of both micro-batches together."""
-    return jax.tree.map(jnp.add, self, other).replace(ratio_max=jnp.maximum(self.ratio_max, other.ratio_max))
+    return jax.tree.map(jnp.add, self, other).replace(
+        ratio_max=jnp.maximum(self.ratio_max, other.ratio_max), gap=self.gap.add(other.gap))
 
 
 def policy_sums(
     logp_RC: jax.Array,
-    logp_old_RC: jax.Array,
+    logp_old_RC: jax.Array | None,
     advantage_RC: jax.Array,
     mask_RC: jax.Array,
     *,
@@ -74,12 +129,13 @@ def policy_sums(
 
   Args:
     logp_RC: float32 [R, C], of the policy being trained.
-    logp_old_RC: float32 [R, C], of the policy before the step's updates, by the trainer.
+    logp_old_RC: float32 [R, C], of the policy before the step's updates, by the trainer; None where that is the policy
+      being trained, in the step's only update: logp itself without its gradient.
     advantage_RC: float32 [R, C], or [R, 1].
     mask_RC: bool [R, C], True = carries loss. Values elsewhere are never used, not even if NaN.
     cfg: the loss's settings.
     logp_ref_RC: float32 [R, C] of the reference model; needed when kl_coef is not 0.
-    logp_sampler_RC: float32 [R, C] of the sampler; needed when importance_cap is set.
+    logp_sampler_RC: float32 [R, C] of the sampler, for the gap; needed when importance_cap is set.
   Returns:
     LossSums; all 0 without tokens.
   Raises:
@@ -89,7 +145,7 @@ def policy_sums(
   if cfg.kl_estimator not in KL_ESTIMATORS:
     raise ValueError(f"loss.kl_estimator={cfg.kl_estimator!r} does not exist; choose one of {KL_ESTIMATORS}.")
   logp_RC = jnp.where(mask_RC, logp_RC, 0.0)
-  old_RC = jnp.where(mask_RC, logp_old_RC, 0.0)
+  old_RC = jax.lax.stop_gradient(logp_RC) if logp_old_RC is None else jnp.where(mask_RC, logp_old_RC, 0.0)
   log_ratio_RC = _clamp(logp_RC - old_RC)
   ratio_RC = jnp.exp(log_ratio_RC)
 
@@ -124,6 +180,7 @@ def policy_sums(
       ratio_max=fixed(jnp.max(jnp.where(mask_RC, ratio_RC, 0.0), initial=0.0)),
       approx_kl=fixed(total(ratio_RC - 1 - log_ratio_RC)),
       importance=total(weight_RC),
+      gap=GapSums.zero() if logp_sampler_RC is None else gap_sums(old_RC, logp_sampler_RC, mask_RC, cfg),
   )
 
 

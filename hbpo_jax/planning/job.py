@@ -87,7 +87,7 @@ class Job:
   @functools.cached_property
   def learner(self) -> Learner:
     """The trainer, of which nothing is compiled here."""
-    return Learner(self.arch, self.cfg, self.mesh)
+    return Learner(self.arch, self.cfg, self.mesh, platform="tpu")
 
   @functools.cached_property
   def state(self) -> TrainState:
@@ -110,12 +110,13 @@ class Job:
     rows = sharding.batch_sharding(self.mesh, 1)
     of = lambda dtype, *shape: jax.ShapeDtypeStruct((n_rows, *shape), dtype, sharding=rows)
     loss, advantages = self.cfg.loss, C if self.cfg.learner.pack else 1
+    own = self.n_minibatches == 1  # the update's forward pass gives pi_old
     return Batch(
         tokens_RT=of(jnp.int32, T), segment_RT=of(jnp.int32, T), position_RT=of(jnp.int32, T),
         completion_mask_RC=of(jnp.bool_, C), advantage_RC=of(jnp.float32, advantages) if scored else None,
-        logp_old_RC=of(jnp.float32, C) if scored else None,
+        logp_old_RC=of(jnp.float32, C) if scored and not own else None,
         logp_ref_RC=of(jnp.float32, C) if scored and loss.kl_coef != 0 else None,
-        logp_sampler_RC=of(jnp.float32, C) if scored and loss.importance_cap is not None else None)
+        logp_sampler_RC=of(jnp.float32, C) if scored and (own or loss.importance_cap is not None) else None)
 
   def live(self) -> tuple[Any, Any]:
     """(shapes and shardings of the engine's cache at its largest, and of its hidden states)."""

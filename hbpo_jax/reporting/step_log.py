@@ -108,7 +108,8 @@ class StepLog:
     for name in record.updates[0]:
       values = [float(update[name]) for update in record.updates]
       total = max(values) if name in _MAXIMA else sum(values)
-      metrics[f"update/{name}"] = total if name in _MAXIMA + _TOTALS else total / len(values)
+      room = "sampler" if name.startswith("sampler_") else "update"
+      metrics[f"{room}/{name}"] = total if name in _MAXIMA + _TOTALS else total / len(values)
     metrics |= {f"sampler/{name}": float(value) for name, value in record.extra.items()}
     metrics |= record.ledger
     metrics |= {f"time/{name}": value for name, value in record.seconds.items()}

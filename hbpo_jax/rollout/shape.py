@@ -107,10 +107,6 @@ def make_plan(shape: Shape, n_shards: int, cfg: RolloutConfig, layout: slots.Lay
       prefill_queries=-(-min(_PREFILL_PER_SHARD * n_shards, shape.n_queries) // n_shards) * n_shards)
 
 
-# The platforms of the kernels that do not run everywhere.
-_PLATFORMS = {"splash": ("tpu",), "pallas_tpu": ("tpu",), "cudnn": ("gpu", "cuda"), "pallas_gpu": ("gpu", "cuda")}
-
-
 def make_layout(cfg: RolloutConfig, mesh: Mesh, compute_dtype: Any) -> slots.Layout:
   """The layout that the settings ask for; 'auto' is what suits the mesh's platform.
 
@@ -118,16 +114,9 @@ def make_layout(cfg: RolloutConfig, mesh: Mesh, compute_dtype: Any) -> slots.Lay
     ValueError: when a kernel does not run on the mesh's platform.
   """
   platform = mesh.devices.flat[0].platform
-  for field in ("prefill_kernel", "decode_kernel"):
-    kernel = getattr(cfg, field)
-    if platform not in _PLATFORMS.get(kernel, (platform,)):
-      raise ValueError(
-          f"config.rollout.{field}={kernel!r} runs on {_PLATFORMS[kernel][0].upper()} only, and these devices are "
-          f"{platform.upper()}; set it to auto.")
-  prefill, decode = kernels.choose(platform)
   return slots.Layout(
       # On TPU a loop over stacked layers compiles five times faster and decodes no slower.
       unrolled=platform != "tpu" if cfg.layers == "auto" else cfg.layers == "unrolled",
-      prefill_kernel=prefill if cfg.prefill_kernel == "auto" else cfg.prefill_kernel,
-      decode_kernel=decode if cfg.decode_kernel == "auto" else cfg.decode_kernel,
+      prefill_kernel=kernels.resolve("rollout.prefill_kernel", cfg.prefill_kernel, platform),
+      decode_kernel=kernels.resolve("rollout.decode_kernel", cfg.decode_kernel, platform),
       dtype=jnp.dtype(compute_dtype))
