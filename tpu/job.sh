@@ -31,6 +31,7 @@ set_up() {
 # Writes HEAD to an archive. As a clone, so that run.json names the commit; of depth 1, so that it is small.
 pack() {
   [[ ! -e $1 ]] || return 0  # a restart sends the same
+  export COPYFILE_DISABLE=1  # or macOS's tar adds files of its own
   act git -c advice.detachedHead=false clone --quiet --depth=1 "file://$ROOT" "$TMP/src" &&
     act tar -C "$TMP/src" -czf "$1" . || die "the commit ${SHA:0:12} could not be packed; see above."
 }

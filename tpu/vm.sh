@@ -15,12 +15,12 @@ refuse() {
 
 # The arguments as one line that any shell splits into them again.
 quoted() {
-  local word space='' escape="'\\''"
+  local word space='' quote="'" escape="'\\''"
   for word in "$@"; do
     if [[ $word =~ ^[a-zA-Z0-9_./:=,@%+-]+$ ]]; then
       printf '%s%s' "$space" "$word"
     else
-      printf "%s'%s'" "$space" "${word//\'/$escape}"
+      printf "%s'%s'" "$space" "${word//$quote/$escape}"
     fi
     space=' '
   done

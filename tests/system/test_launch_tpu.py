@@ -243,7 +243,7 @@ def test_queued_spot_is_queued_again(cloud):
 
 def test_a_watch_waits_for_capacity(cloud):
   cloud.set(vm="READY", job=["preempted", "exited 0"], fail={"tpu-vm create": [NO_CAPACITY] * 2})
-  cloud.launch("run", "--watch", "--bucket=b", *CONFIG)
+  cloud.launch("run", "--watch", "--max_restarts=1", "--bucket=b", *CONFIG)
   assert len(cloud.calls("tpu-vm create")) == 3 and len(cloud.starts()) == 2
 
 
