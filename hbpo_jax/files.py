@@ -82,7 +82,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class StepFile:
-  """A JSON Lines file with strictly increasing `step`, appended and flushed row by row.
+  """A JSON Lines file with strictly increasing `step`; the rows of a step are on the disk when `write` returns.
 
   A run that resumes at step k will compute the steps from k on anew; rows of an earlier attempt with step >= k are
   dropped at construction, so the file ends up with every step once.
@@ -118,6 +118,7 @@ class StepFile:
       raise ValueError(f"a row for {self._path} has a field 'step' of its own; rename it.")
     self._file.write("".join(json_line({"step": int(step), **row}) for row in rows))
     self._file.flush()
+    os.fsync(self._file.fileno())  # A mounted bucket gets an open file only then; a machine may vanish at any step.
     self._last_step = int(step)
 
   def close(self) -> None:

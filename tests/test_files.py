@@ -87,10 +87,13 @@ def test_a_fresh_start_drops_everything(tmp_path):
   assert path.read_text() == ""
 
 
-def test_rows_are_on_disk_at_once(tmp_path):
+def test_rows_are_on_disk_at_once(tmp_path, monkeypatch):
+  synced, fsync = [], os.fsync
+  monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_size), fsync(fd)))
   log = files.StepFile(tmp_path / "log.jsonl")
   log.write(0, [{"a": 1}, {"a": 2}])
   assert len(files.read_rows(tmp_path / "log.jsonl")) == 2
+  assert synced == [(tmp_path / "log.jsonl").stat().st_size]
   log.close()
 
 
