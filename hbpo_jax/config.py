@@ -266,6 +266,16 @@ class SftConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+  """The processes of one job, each with the devices of its host. Empty settings: see hbpo_jax.distributed.start."""
+  coordinator_address: str = setting(
+      "", "HOST:PORT of process 0; empty means automatic on a Cloud TPU slice of several hosts, else one process.")
+  num_processes: int = setting(0, "Processes of the job; 0 means those of the slice or cluster.")
+  process_id: int = setting(-1, "This process, from 0; -1 means as the slice or cluster numbers it.")
+  timeout_s: int = setting(600, "Longest wait of the processes for each other, at the start and at any later meeting.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """One run. `profile` names the row of PROFILES that was applied."""
   profile: str = setting("paper", "paper, released or hbpo; sets the fields listed in PROFILES.")
@@ -287,6 +297,7 @@ class Config:
   alarms: AlarmConfig = dataclasses.field(default_factory=AlarmConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   sft: SftConfig = dataclasses.field(default_factory=SftConfig)
+  distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
   @property
   def n_subgroups(self) -> int:

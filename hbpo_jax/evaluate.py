@@ -11,7 +11,7 @@ import pathlib
 
 import jax
 
-from hbpo_jax import assemble, flags
+from hbpo_jax import assemble, distributed, flags
 from hbpo_jax.config import Config
 from hbpo_jax.data.prompts import EFFICIENCY, NATURAL
 from hbpo_jax.evaluation import benchmarks as benchmarks_lib
@@ -31,6 +31,7 @@ def modes_of(cfg: Config) -> tuple[str, ...]:
   return tuple(found)
 
 
+@distributed.on_every_host
 def main(cfg: Config, workdir: str) -> None:
   """Evaluates, stores every response, and prints the tables."""
   root = pathlib.Path(workdir)
@@ -38,7 +39,8 @@ def main(cfg: Config, workdir: str) -> None:
   model = assemble.open_for_evaluation(cfg)
   benchmarks = benchmarks_lib.load_all(cfg.eval.benchmarks, cfg.data, cfg.seed, limit=cfg.eval.limit)
   modes = modes_of(cfg)
-  with Judge(cfg, root / "verdicts") as judge, Console(dataclasses.replace(cfg.log, live=False), 1) as console:
+  log = dataclasses.replace(cfg.log, live=False)
+  with Judge(cfg, root / "verdicts") as judge, Console(log, 1, file=distributed.output()) as console:
     runner = Runner(
         cfg, model, benchmarks, judge, modes=modes, n_samples=cfg.eval.samples_per_problem,
         n_new=cfg.eval.max_new_tokens or cfg.reward.max_response_tokens,
@@ -52,6 +54,8 @@ def main(cfg: Config, workdir: str) -> None:
       console.message(
           f"{runner.ledger.useful + runner.ledger.truncated:,} tokens sampled; slots in use "
           f"{runner.ledger.utilisation:.0%}")
+    if evaluated is None:
+      return
     for note in evaluated.notes:
       console.message(note)
     results = output.write_results(evaluated)

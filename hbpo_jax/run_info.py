@@ -136,7 +136,7 @@ def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 # Settings that may change between the attempts of one run without changing what it learns, by dotted prefix.
 _FREE_ON_RESUME = (
     "model.path", "model.revision", "model.remat", "data.n_eval", "data.eval_", "data.data_dir", "eval.", "mesh.",
-    "grading.", "checkpoint.", "log.", "alarms.", "sft.", "learner.microbatch_rows", "learner.pack",
+    "grading.", "checkpoint.", "distributed.", "log.", "alarms.", "sft.", "learner.microbatch_rows", "learner.pack",
     "learner.logprob_chunk")
 
 

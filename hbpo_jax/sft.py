@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hbpo_jax import assemble, flags, run_info, validation
+from hbpo_jax import assemble, distributed, flags, run_info, validation
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config
 from hbpo_jax.data import problems as problems_lib
@@ -32,6 +32,7 @@ from hbpo_jax.reporting.writers import MetricWriter
 _VOCAB_MULTIPLE = 64  # Embedding rows are rounded up to this, so that they divide over devices.
 
 
+@distributed.on_every_host
 def main(cfg: Config, workdir: str) -> None:
   """Trains cfg.sft.steps updates and exports."""
   root = pathlib.Path(workdir)
@@ -51,9 +52,11 @@ def main(cfg: Config, workdir: str) -> None:
   run_info.write_run_json(root, cfg, model.mesh, {"architecture": dataclasses.asdict(model.arch)})
 
   with contextlib.ExitStack() as stack:
-    console = stack.enter_context(Console(cfg.log, cfg.sft.steps))
+    console = stack.enter_context(Console(cfg.log, cfg.sft.steps, file=distributed.output()))
     console.header([f"warm start: {len(problems):,} problems ({data.n_dropped:,} dropped), {cfg.sft.steps} updates"])
-    writer = stack.enter_context(MetricWriter(root, cfg.log, config_lib.to_json_dict(cfg)))
+    writer = None
+    if distributed.is_writer():
+      writer = stack.enter_context(MetricWriter(root, cfg.log, config_lib.to_json_dict(cfg)))
     for step in range(cfg.sft.steps):
       started = time.perf_counter()
       state, metrics = learner.sft_update(state, data.batch(step))
@@ -61,7 +64,8 @@ def main(cfg: Config, workdir: str) -> None:
       check_finite(metrics, step)
       row = {f"update/{name}": float(value) for name, value in metrics.items()}
       row["tokens_per_s"] = row["update/tokens"] / (time.perf_counter() - started)
-      writer.write(step, row)
+      if writer is not None:
+        writer.write(step, row)
       if step % max(1, cfg.sft.steps // 20) == 0 or step == cfg.sft.steps - 1:
         console.message(f"update {step + 1} of {cfg.sft.steps}: loss {row['update/loss']:.4f} nats per token")
     weights.export(state.params, model.arch, source, root / "export")

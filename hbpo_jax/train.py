@@ -14,7 +14,7 @@ import time
 import jax
 import numpy as np
 
-from hbpo_jax import assemble, flags, preview, run_info
+from hbpo_jax import assemble, distributed, flags, preview, run_info
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config
 from hbpo_jax.data import problems as problems_lib
@@ -173,6 +173,7 @@ def first_state(
   return learner.new_state(params), 0, 0.0
 
 
+@distributed.on_every_host
 def main(cfg: Config, workdir: str) -> None:
   """Trains, evaluates before and after, exports, and writes the summary."""
   wall_s, root = WallClock(), pathlib.Path(workdir)
@@ -195,9 +196,9 @@ def main(cfg: Config, workdir: str) -> None:
       reference = Reference(learner, weights.load(
           model.directory, model.arch, model.mesh, param_dtype=cfg.model.compute_dtype))
 
-    console = stack.enter_context(Console(cfg.log, cfg.steps, start))
-    findings = preview.write(cfg, root / "preview")
-    console.header([*_header(cfg, model, data, len(eval_problems), start), *findings.brief()])
+    console = stack.enter_context(Console(cfg.log, cfg.steps, start, file=distributed.output()))
+    warnings = preview.write(cfg, root / "preview").brief() if distributed.is_writer() else []
+    console.header([*_header(cfg, model, data, len(eval_problems), start), *warnings])
     log = stack.enter_context(contextlib.closing(StepLog(cfg, root, start, console, engine.shape.n_prefix)))
 
     evaluations = stack.enter_context(Evaluations(cfg, model, eval_problems, judge, root, console))
@@ -210,12 +211,13 @@ def main(cfg: Config, workdir: str) -> None:
       weights.export(state.params, model.arch, model.directory, root / "export")
     trained = evaluations.after(state)
     log.close()
-    plots.write_plots(root, base, trained)
-    summary = summary_lib.write_summary(root, base, trained, config_lib.to_json_dict(cfg), wall_s())
-    if base and trained:
-      console.table(tables.before_after(base, trained))
-    console.message(summary_lib.headline(summary))
-    console.message(f"see {root / 'summary.md'} and {root / 'plots'}")
+    if distributed.is_writer():
+      plots.write_plots(root, base, trained)
+      summary = summary_lib.write_summary(root, base, trained, config_lib.to_json_dict(cfg), wall_s())
+      if base and trained:
+        console.table(tables.before_after(base, trained))
+      console.message(summary_lib.headline(summary))
+      console.message(f"see {root / 'summary.md'} and {root / 'plots'}")
 
 
 def _header(cfg: Config, model: assemble.Model, data: Pipeline, n_eval: int, start: int) -> list[str]:
@@ -223,6 +225,7 @@ def _header(cfg: Config, model: assemble.Model, data: Pipeline, n_eval: int, sta
       *run_info.describe_profile(cfg),
       f"model: {model.directory} ({model.arch.family}, {model.arch.n_layers} layers, width {model.arch.hidden_size})",
       f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(model.mesh.shape)}",
+      *distributed.describe(),
       f"problems: {len(data.problems):,} for training ({data.n_dropped:,} over-long dropped), {n_eval:,} for "
       "evaluation",
   ]

@@ -7,7 +7,7 @@ import json
 import pathlib
 from typing import Any
 
-from hbpo_jax import assemble
+from hbpo_jax import assemble, distributed
 from hbpo_jax.config import CheckpointConfig, Config
 from hbpo_jax.data.record import Problem
 from hbpo_jax.evaluation import output, results
@@ -43,7 +43,7 @@ class Evaluations:
         n_samples=cfg.eval.samples_per_problem, n_new=cfg.eval.max_new_tokens or cfg.reward.max_response_tokens,
         n_prompt_slots=cfg.data.max_prompt_tokens) if problems else None
     self._subset = frozenset(p.id for p in problems[:cfg.eval.n_during or None])
-    self._base: Evaluated | None = None
+    self._base: dict[str, Any] | None = None  # Summary of the subset.
     self._best = checkpoint.Checkpointer(
         root / "best", CheckpointConfig(save_every=0, max_to_keep=1)) if self._keeps_best else None
 
@@ -77,8 +77,9 @@ class Evaluations:
       model = self._model
       return weights.load(model.directory, model.arch, model.mesh, param_dtype=self._cfg.model.param_dtype)
 
-    self._base = self._measure(self.runner, "base", self._model.identity, load)
-    return self._summary(self._base)
+    found = self._measure(self.runner, "base", self._model.identity, load)
+    self._base = self._summary(found, self._subset)
+    return self._summary(found)
 
   def after(self, state: TrainState) -> dict[str, Any] | None:
     """The evaluation of the trained model, on all problems; None without problems."""
@@ -109,18 +110,21 @@ class Evaluations:
             "eval/best": float(is_best)}
 
   def _measure(
-      self, runner: Runner, name: str, model_id: dict[str, Any], load: Callable[[], Any], limit: int = 0) -> Evaluated:
+      self, runner: Runner, name: str, model_id: dict[str, Any], load: Callable[[], Any], limit: int = 0
+  ) -> Evaluated | None:
     folder = self._root / "eval" / name
-    if set_aside_other(folder, model_id):
+    if distributed.from_writer(f"evaluation {name}", lambda: set_aside_other(folder, model_id)):
       self._console.message(f"{folder} was of other weights; it is kept under another name and made anew")
     found = runner.measure(folder, model_id, load, self._console, f"evaluation {name}", limit)
-    output.write_results(found)
+    if found is not None:
+      output.write_results(found)
     return found
 
-  def _summary(self, found: Evaluated, ids: frozenset[str] | None = None) -> dict[str, Any]:
-    """`tables.evaluation_summary` of the problems of these ids; of all, where None."""
-    return results.summary([
-        row for row in found.rows[TRAINING] if row["mode"] == self._mode and (ids is None or row["id"] in ids)])
+  def _summary(self, found: Evaluated | None, ids: frozenset[str] | None = None) -> dict[str, Any]:
+    """`tables.evaluation_summary` of the problems of these ids; of all, where None. Only the writer has `found`."""
+    rows = [] if found is None else found.rows[TRAINING]
+    return distributed.from_writer("an evaluation's summary", lambda: results.summary([
+        row for row in rows if row["mode"] == self._mode and (ids is None or row["id"] in ids)]))
 
   def _identity(self, state: TrainState) -> dict[str, Any]:
     sums = json.dumps(checkpoint.fingerprint(state.params), sort_keys=True)
@@ -130,18 +134,19 @@ class Evaluations:
       self, step: int, state: TrainState, meta: Callable[[], dict[str, Any]], accuracy: float, tokens: float) -> bool:
     if self._best is None or self._base is None:
       return False
-    base = self._summary(self._base, self._subset)
-    limits = Limits.of(self._cfg, base["accuracy"], base["mean_tokens"])
+    limits = Limits.of(self._cfg, self._base["accuracy"], self._base["mean_tokens"])
     path = self._root / "best" / "best.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    before = distributed.from_writer(
+        "the best step", lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
     if before is not None and before["step"] == step:
       return True  # Measured before a kill, and now again.
     if not limits.better(accuracy, tokens, before):
       return False
     self._best.save(step, state, meta())
     self._best.wait()
-    atomic_write_text(path, json.dumps(json_value({
-        "step": step, "accuracy": accuracy, "tokens": tokens, "chosen_by": dataclasses.asdict(limits)})) + "\n")
+    if distributed.is_writer():
+      atomic_write_text(path, json.dumps(json_value({
+          "step": step, "accuracy": accuracy, "tokens": tokens, "chosen_by": dataclasses.asdict(limits)})) + "\n")
     return True
 
 

@@ -9,7 +9,7 @@ import zlib
 import jax
 import numpy as np
 
-from hbpo_jax import assemble, config
+from hbpo_jax import assemble, config, distributed
 from hbpo_jax.config import Config
 from hbpo_jax.evaluation.store import Benchmark, Evaluated, Store, open_existing
 from hbpo_jax.grading.judge import Judge
@@ -82,8 +82,8 @@ class Runner:
 
   def measure(
       self, directory: pathlib.Path, model_id: dict[str, Any], load: Callable[[], Any], console: Console, name: str,
-      limit: int = 0) -> Evaluated:
-    """Answers what is missing in the directory, and returns all that is there.
+      limit: int = 0) -> Evaluated | None:
+    """Answers what is missing in the directory, and returns all that is there; None where this is not the writer.
 
     Args:
       model_id: what identifies the weights, with `path` and `fingerprint`.
@@ -100,7 +100,7 @@ class Runner:
         self.answer(params, store, _Progress(console, name, missing), limit)
       else:
         self.grade_stored(store)
-    return open_existing(directory)
+    return open_existing(directory) if distributed.is_writer() else None
 
   def missing(self, store: Store, limit: int = 0) -> int:
     """Responses that are still to be generated.

@@ -17,6 +17,7 @@ import pathlib
 from typing import Any
 
 import hbpo_jax
+from hbpo_jax import distributed
 from hbpo_jax.data.record import Problem
 from hbpo_jax.files import atomic_write_bytes, atomic_write_text, json_line, json_value
 
@@ -101,6 +102,8 @@ def open_existing(directory: str | os.PathLike) -> Evaluated:
 class Store:
   """An evaluation's directory, open for writing; a context manager.
 
+  Every process of a job makes one: the writer's holds the files, the others' know what is in them.
+
   Attributes:
     ungraded: by benchmark, stored responses that still lack their verdict, by key.
   """
@@ -123,18 +126,25 @@ class Store:
     """
     self.directory = pathlib.Path(directory)
     self._files: dict[str, Any] = {}
-    self._rows: dict[str, dict[Key, dict[str, Any]]] = {}
+    found = distributed.from_writer(
+        "the stored evaluation", lambda: self._open(benchmarks, modes, n_samples, model, settings))
+    self._held = {name: {(id_, mode, sample) for id_, mode, sample in keys} for name, (keys, _) in found.items()}
+    self.ungraded: dict[str, dict[Key, dict[str, Any]]] = {
+        name: {_key(row): row for row in rows} for name, (_, rows) in found.items()}
+
+  def _open(self, benchmarks, modes, n_samples, model, settings) -> dict[str, tuple[list[Key], list[dict[str, Any]]]]:
+    """Opens the files; by benchmark, the keys of what is stored, and the responses without a verdict."""
     before = _read_manifest(self.directory) if is_evaluation(self.directory) else None
     if before is not None:
       self._check_same(before, json_value(dict(model)), json_value(dict(settings)))
     problems = {b.name: _join_problems(self.directory, b) for b in benchmarks}
-    for b in benchmarks:
-      self._rows[b.name] = self._recover(b.name)
+    rows = {b.name: self._recover(b.name) for b in benchmarks}
     self._write_manifest(before, benchmarks, problems, modes, n_samples, model, settings)
     for b in benchmarks:
       path = self.directory / "responses" / f"{b.name}.jsonl"
       path.parent.mkdir(exist_ok=True)
       self._files[b.name] = open(path, "a", encoding="ascii")  # noqa: SIM115 (open until close)
+    return {name: ([*some], [row for row in some.values() if row["score"] is None]) for name, some in rows.items()}
 
   def __enter__(self) -> "Store":
     return self
@@ -142,14 +152,9 @@ class Store:
   def __exit__(self, *exc: object) -> None:
     self.close()
 
-  @property
-  def ungraded(self) -> dict[str, dict[Key, dict[str, Any]]]:
-    """By benchmark, the stored responses that still lack their verdict."""
-    return {name: {k: row for k, row in rows.items() if row["score"] is None} for name, rows in self._rows.items()}
-
   def holds(self, name: str, key: Key) -> bool:
     """Whether a response is stored, with its verdict or without."""
-    return key in self._rows[name]
+    return key in self._held[name]
 
   def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Stores responses of one benchmark; they outlast a kill of the process when this returns.
@@ -158,9 +163,14 @@ class Store:
       rows: with the fields of the module's docstring; score and reason None where there is no verdict yet.
     """
     rows = [dict(row) for row in rows]
-    self._files[name].write("".join(map(json_line, rows)))
-    self._files[name].flush()
-    self._rows[name] |= {_key(row): row for row in rows}
+    if distributed.is_writer():
+      self._files[name].write("".join(map(json_line, rows)))
+      self._files[name].flush()
+    for row in rows:
+      self._held[name].add(_key(row))
+      self.ungraded[name].pop(_key(row), None)
+      if row["score"] is None:
+        self.ungraded[name][_key(row)] = row
 
   def close(self) -> None:
     """Closes all files; calling it again does nothing."""

@@ -1,6 +1,6 @@
 """Verdicts on disk, one file per step, so that a resumed run repeats them instead of grading anew."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -107,18 +107,26 @@ class StepGrading:
     self._known = (journal.read(step) if journal else None) or {}
     self._names: dict[Hashable, str] = {}
 
-  def submit(self, key: Hashable, response: str, answer: Any) -> None:
-    """Starts grading one response, unless the journal has its verdict. `answer`: see the grader."""
+  def submit(self, key: Hashable, response: str, answer: Any, *, here: bool = True) -> None:
+    """Starts grading one response, unless the journal has its verdict or (here=False) another process grades it.
+
+    `answer`: see the grader.
+    """
     if key in self._names:
       raise ValueError(f"key={key!r} was submitted already in step {self._step}; use each key once.")
     name = digest(self._grader.identity, response, answer, self._opened)
-    if name not in self._known:
+    if here and name not in self._known:
       self._grader.submit(key, response, answer, thinking_opened=self._opened)
     self._names[key] = name
 
-  def collect(self) -> dict[Hashable, Verdict]:
-    """The verdicts of the step by key, in order of submission. The journal holds them when this returns."""
-    graded = self._grader.collect()
+  def collect(self, join: Callable[[dict[Hashable, Verdict]], dict[Hashable, Verdict]] = dict
+              ) -> dict[Hashable, Verdict]:
+    """The verdicts of the step by key, in order of submission. The journal holds them when this returns.
+
+    Args:
+      join: adds to the verdicts that were graded here those that were graded elsewhere.
+    """
+    graded = join(self._grader.collect())
     verdicts = {key: graded[key] if key in graded else self._known[name] for key, name in self._names.items()}
     if self._journal and graded:
       self._journal.write(self._step, {self._names[key]: v for key, v in verdicts.items()})

@@ -1,14 +1,19 @@
-"""From responses to verdicts, as training and evaluation ask for them: built-in grading or the user's function."""
+"""From responses to verdicts, as training and evaluation ask for them: built-in grading or the user's function.
 
-from collections.abc import Callable, Sequence
+Where a job has several processes, each grades its share of the responses, and all get all verdicts; a user's function
+and the journal are the first process's alone.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
 import os
 from typing import Any
 
+from hbpo_jax import distributed
 from hbpo_jax.config import Config
 from hbpo_jax.data.record import Problem
 from hbpo_jax.grading.custom import load_custom
-from hbpo_jax.grading.journal import Journal, StepGrading, grade_step
+from hbpo_jax.grading.journal import Journal, StepGrading
 from hbpo_jax.grading.pool import Grader
 from hbpo_jax.grading.verdict import Verdict
 
@@ -24,7 +29,7 @@ class Judge:
     """
     self._is_custom = bool(cfg.reward.grader)
     self._grader = load_custom(cfg.reward.grader) if self._is_custom else Grader(cfg.grading)
-    self._journal = Journal(journal_dir)
+    self._journal = _WritersJournal(journal_dir)
 
   def __enter__(self) -> "Judge":
     return self
@@ -40,13 +45,15 @@ class Judge:
       problems: the problem of each response.
       step: the training step, whose verdicts are journalled so that a resumed run repeats them; None for evaluation.
     """
-    return grade_step(
-        self._grader, None if step is None else self._journal, step or 0, responses,
-        [self._answer(p) for p in problems], thinking_opened=True)
+    grading = self.begin(step)
+    for i, (response, problem) in enumerate(zip(responses, problems, strict=True)):
+      grading.submit((i,), response, problem)
+    verdicts = grading.collect()
+    return [verdicts[i,] for i in range(len(responses))]
 
-  def begin(self, step: int) -> "StepJudge":
-    """Grading of a training step whose responses come one by one."""
-    grading = StepGrading(self._grader, self._journal, step, thinking_opened=True)
+  def begin(self, step: int | None) -> "StepJudge":
+    """Grading of a training step (None: of an evaluation, without a journal) whose responses come one by one."""
+    grading = StepGrading(self._grader, None if step is None else self._journal, step or 0, thinking_opened=True)
     return StepJudge(grading, self._answer, in_order=self._is_custom)
 
   def _answer(self, problem: Problem) -> Any:
@@ -70,17 +77,49 @@ class StepJudge:
     """
     self._grading, self._answer, self._in_order = grading, answer, in_order
     self._held: dict[Any, tuple[str, Any]] = {}
+    self._n_submitted = 0
 
   def submit(self, key: tuple[int, ...], response: str, problem: Problem) -> None:
     """Starts grading a response that follows the opened `<think>`; each key once."""
     if self._in_order:
       self._held[key] = response, self._answer(problem)
     else:
-      self._grading.submit(key, response, self._answer(problem))
+      # The order is the same in all processes, and nearly that of the response lengths: the shares are alike.
+      self._grading.submit(key, response, self._answer(problem), here=distributed.is_mine(self._n_submitted))
+      self._n_submitted += 1
 
   def collect(self) -> dict[Any, Verdict]:
     """Waits for all verdicts, writes them to the journal and returns them by key."""
     for key in sorted(self._held):
-      self._grading.submit(key, *self._held[key])
+      self._grading.submit(key, *self._held[key], here=distributed.is_writer())
     self._held = {}
-    return self._grading.collect()
+    return self._grading.collect(_join)
+
+
+class _WritersJournal(Journal):
+  """A journal that the writer reads for all processes, and alone writes."""
+
+  def read(self, step: int) -> dict[str, Verdict] | None:
+    """As `Journal.read`."""
+    def found():
+      verdicts = super(_WritersJournal, self).read(step)
+      return None if verdicts is None else {name: dataclasses.astuple(v) for name, v in verdicts.items()}
+
+    rows = distributed.from_writer(f"the verdicts stored of step {step}", found)
+    return None if rows is None else {name: Verdict(*row) for name, row in rows.items()}
+
+  def write(self, step: int, verdicts: Mapping[str, Verdict]) -> None:
+    """As `Journal.write`."""
+    if distributed.is_writer():
+      super().write(step, verdicts)
+
+  def prune(self, before_step: int) -> None:
+    """As `Journal.prune`."""
+    if distributed.is_writer():
+      super().prune(before_step)
+
+
+def _join(graded: dict[Hashable, Verdict]) -> dict[Hashable, Verdict]:
+  """The verdicts of all processes, by key."""
+  rows = [[key, *dataclasses.astuple(v)] for key, v in graded.items()]
+  return {tuple(key): Verdict(*row) for share in distributed.exchange("verdicts", rows) for key, *row in share}

@@ -14,11 +14,11 @@ import pathlib
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from hbpo_jax import distributed
 from hbpo_jax.config import CheckpointConfig
 from hbpo_jax.structs import TrainState
 
@@ -185,7 +185,7 @@ class Checkpointer:
 
   def _write_checksums(self) -> None:
     """Orbax's background thread calls this when a checkpoint's files are complete, before it gets its final name."""
-    if jax.process_index() != 0:
+    if not distributed.is_writer():
       return
     step = str(self._saving)
     folders = [p for p in self.directory.iterdir() if p.name == step or p.name.startswith(step + ".")]
@@ -195,7 +195,18 @@ class Checkpointer:
     (folders[0] / CHECKSUMS).write_text(json.dumps(_file_checksums(folders[0])))
 
   def _check_files(self, step: int) -> None:
-    """Finds damage before Orbax does, whose answer to it is pages of traceback."""
+    """Finds damage before Orbax does, whose answer to it is pages of traceback. One process reads for all."""
+    def fault():
+      try:
+        self._compare_files(step)
+      except (DamagedCheckpointError, OSError) as error:
+        return str(error)
+      return None
+
+    if found := distributed.from_writer(f"the files of checkpoint {step}", fault):
+      raise DamagedCheckpointError(found)
+
+  def _compare_files(self, step: int) -> None:
     folder = self.directory / str(step)
     try:
       expected = json.loads((folder / CHECKSUMS).read_text())
@@ -236,14 +247,13 @@ class Checkpointer:
   def _move_away(self, steps: list[int]) -> None:
     if not steps:
       return
-    if jax.process_index() == 0:
+    if distributed.is_writer():
       target = self.directory.with_name(self.directory.name + "_damaged")
       target.mkdir(exist_ok=True)
       for step in steps:
         n = sum(1 for _ in target.glob(f"{step}.*"))
         (self.directory / str(step)).rename(target / f"{step}.{n}")
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("damaged checkpoints moved")
+    distributed.barrier("damaged checkpoints moved away")
     self._manager.reload()
 
 

@@ -209,7 +209,7 @@ class Learner:
   def new_state(self, params: Any) -> TrainState:
     """Step 0 with fresh optimizer moments. The state takes over `params`: `update` consumes these very arrays."""
     params = jax.device_put(params, self.param_shardings)
-    zero = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(self.mesh))
+    zero = sharding.put(jnp.zeros((), jnp.int32), sharding.replicated(self.mesh))
     # Two buffers, because each is donated on its own.
     return TrainState(step=zero, update=jnp.copy(zero), params=params, opt_state=self._init_opt(params))
 
@@ -234,7 +234,7 @@ class Learner:
       raise ValueError(
           f"a batch of {rows} rows does not divide over mesh.data x mesh.fsdp = {self.shards} devices; change "
           "rollout.queries, rollout.rollouts_per_query or learner.minibatches, or the mesh.")
-    return jax.device_put(batch, self._rows)
+    return sharding.put(batch, self._rows)
 
   def make_batch(self, prompts: Prompts, rollouts: Rollouts, advantage_BGJ: Any) -> tuple[Batch, float]:
     """The rows of a step for scoring and updates, packed or (learner.pack=False) one for each response.

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from hbpo_jax.learning.learner import Learner
+from hbpo_jax.models import sharding
 from hbpo_jax.structs import Batch
 
 HOST_MEMORY = "pinned_host"
@@ -52,7 +53,7 @@ def host_memory_works(mesh: Mesh) -> bool:
     return False
   probe = NamedSharding(mesh, PartitionSpec())
   try:
-    there = jax.device_put(jnp.arange(8.0), probe.with_memory_kind(HOST_MEMORY))
+    there = sharding.put(jnp.arange(8.0), probe.with_memory_kind(HOST_MEMORY))
     back = jax.device_put(there, probe)
     return bool(np.array_equal(np.asarray(back), np.arange(8.0)))
   except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:

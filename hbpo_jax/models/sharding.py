@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -97,10 +98,25 @@ def replicated(mesh: Any) -> NamedSharding:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-  """Moves a pytree of host or device arrays to the given shardings; every process holds the whole value."""
-  return jax.tree.map(
-      lambda x, s: x if isinstance(x, jax.Array) and x.sharding == s
-      else jax.make_array_from_callback(np.shape(x), s, lambda index, x=np.asarray(x): x[index]), tree, shardings)
+  """Moves a pytree of host or device arrays, typed random keys too, to the given shardings.
+
+  Args:
+    tree: arrays of which every process holds the whole value, or that span the processes already.
+    shardings: one for all, or a pytree of them like `tree`.
+  """
+  if isinstance(shardings, jax.sharding.Sharding):
+    return jax.tree.map(lambda x: _put_one(x, shardings), tree)
+  return jax.tree.map(_put_one, tree, shardings)
+
+
+def _put_one(x: Any, s: jax.sharding.Sharding) -> jax.Array:
+  if s.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+    return jax.device_put(x, s)
+  if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return jax.random.wrap_key_data(_put_one(jax.random.key_data(x), s), impl=jax.random.key_impl(x))
+  # device_put would compare the value over all processes, through the devices.
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, s, lambda index: x[index])
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from hbpo_jax import config as config_lib
+from hbpo_jax import distributed
 from hbpo_jax.config import Config
 from hbpo_jax.data.record import Problem
 from hbpo_jax.files import read_rows
@@ -48,23 +49,30 @@ class StepRecord:
 
 
 class StepLog:
-  """Metrics, samples and the live view of a run; `defer` a step, `flush` it when the device is busy again."""
+  """Metrics, samples and the live view of a run; `defer` a step, `flush` it when the device is busy again.
+
+  Where a job has several processes, only the first keeps a log; to the others it does nothing.
+  """
 
   def __init__(
       self, cfg: Config, workdir: str | os.PathLike, start_step: int, console: Console, n_prefix_G: Sequence[int]):
     self._cfg, self._console, self._n_prefix_G = cfg, console, n_prefix_G
+    self._pending: tuple[int, StepRecord] | None = None
+    self._further: dict[str, float] = {}
+    self._is_open = distributed.is_writer()
+    if not self._is_open:
+      return
     self._writer = MetricWriter(workdir, cfg.log, config_lib.to_json_dict(cfg), start_step)
     self._samples = SampleLog(workdir, cfg.log, start_step)
     self._watch = alarms.Watch(cfg.alarms, cfg.rollout.budgets)
     self._watch.replay(read_rows(pathlib.Path(workdir) / METRICS))
     console.set_alarms(self._watch.active)
-    self._pending: tuple[int, StepRecord] | None = None
-    self._further: dict[str, float] = {}
 
   def defer(self, step: int, record: StepRecord) -> None:
     """Keeps a finished step until `flush`."""
     self.flush()
-    self._pending = (step, record)
+    if self._is_open:
+      self._pending = (step, record)
 
   def annotate(self, metrics: Mapping[str, float]) -> None:
     """Adds numbers by tag to the row of the step that is deferred."""
@@ -98,8 +106,9 @@ class StepLog:
   def close(self) -> None:
     """Writes what is pending and closes all files; calling it again does nothing."""
     self.flush()
-    self._writer.close()
-    self._samples.close()
+    if self._is_open:
+      self._writer.close()
+      self._samples.close()
 
   def _metrics(self, record: StepRecord) -> dict[str, float]:
     metrics = metrics_lib.step_metrics(

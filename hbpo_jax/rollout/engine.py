@@ -44,7 +44,7 @@ class Engine:
     self.plan = make_plan(shape, self.n_shards, cfg, self.layout)
     self._arch = arch
     self._whole = sharding.replicated(mesh)
-    self.sampling = jax.device_put(sampling, self._whole)
+    self.sampling = sharding.put(sampling, self._whole)
     self.publish = Publisher(arch, mesh, self.layout, gather=cfg.gather_weights)
     self._programs: Programs | None = None
 
@@ -91,7 +91,7 @@ class Engine:
         shape.sampled, n_queries, shape.n_rollouts, stop_BGJ=stop_BGJ, wanted_BGJ=wanted_BGJ, limit_BG=limit_BG)
     if not len(work):
       raise ValueError("wanted_BGJ leaves no rollout; skip the call.")
-    return Generation(self, params, prompts, jax.device_put(key, self._whole), work)
+    return Generation(self, params, prompts, sharding.put(key, self._whole), work)
 
   def generate(self, params: Any, prompts: Prompts, key: jax.Array, **options: np.ndarray | None) -> Rollouts:
     """The rollouts of a step on the host, complete; see `start`, also for the options."""
