@@ -25,12 +25,14 @@ class Model:
   """An opened checkpoint; nothing of its weights is read yet.
 
   directory: of the Hugging Face files.
+  mesh: of weights, scoring and updates.  rollout_mesh: of the samplers.
   trained: the folder of a training run's checkpoint, whose weights take the place of the directory's; or None.
   """
   directory: pathlib.Path
   arch: Architecture
   builder: PromptBuilder
   mesh: Mesh
+  rollout_mesh: Mesh
   trained: pathlib.Path | None = None
 
   @property
@@ -57,7 +59,7 @@ def open_model(cfg: Config) -> Model:
   builder = PromptBuilder(load_tokenizer(directory, arch), cfg, str(directory))
   longest = int(builder.prefix(cfg.rollout.budgets)[1].max())
   validation.validate(cfg, n_devices=jax.device_count(), arch=arch, prefix_tokens=longest)
-  return Model(directory, arch, builder, sharding.make_mesh(cfg.mesh))
+  return Model(directory, arch, builder, *_make_meshes(cfg))
 
 
 def open_for_evaluation(cfg: Config) -> Model:
@@ -79,7 +81,13 @@ def open_for_evaluation(cfg: Config) -> Model:
   arch = architecture.from_hf_config(directory)
   builder = PromptBuilder(load_tokenizer(directory, arch), cfg, str(directory))
   trained = pathlib.Path(cfg.model.path).expanduser() if found else None
-  return Model(directory, arch, builder, sharding.make_mesh(cfg.mesh), trained)
+  return Model(directory, arch, builder, *_make_meshes(cfg), trained)
+
+
+def _make_meshes(cfg: Config) -> tuple[Mesh, Mesh]:
+  devices = jax.devices()
+  mesh = sharding.make_mesh(cfg.mesh, devices[:len(devices) - cfg.mesh.rollout_devices])
+  return mesh, sharding.make_rollout_mesh(cfg.mesh, mesh, devices)
 
 
 def load_params(cfg: Config, model: Model) -> dict:
@@ -156,7 +164,7 @@ def training_engine(cfg: Config, model: Model, *, n_queries: int | None = None) 
   draws = sampling.make_sampling(
       cfg.rollout.temperature, cfg.rollout.top_p, cfg.rollout.top_k, model.builder.eos_ids)
   return engine.Engine(
-      model.arch, model.mesh, shape, draws, compute_dtype=cfg.model.compute_dtype, cfg=cfg.rollout)
+      model.arch, model.rollout_mesh, shape, draws, compute_dtype=cfg.model.compute_dtype, cfg=cfg.rollout)
 
 
 def evaluation_engine(
@@ -169,12 +177,13 @@ def evaluation_engine(
   draws = sampling.make_sampling(cfg.eval.temperature, cfg.eval.top_p, cfg.eval.top_k, model.builder.eos_ids)
   # The slots and the list of buckets in the settings are for training's lengths; longer responses get fewer slots, so
   # that the cache is no larger.
-  n_shards = model.mesh.size // model.mesh.shape["tensor"]
+  mesh = model.rollout_mesh
+  n_shards = mesh.size // mesh.shape["tensor"]
   slots = cfg.rollout.slots or SLOTS_PER_SHARD * n_shards
   columns = (cfg.data.max_prompt_tokens + max(cfg.caps), n_prompt_slots + n_new)
   slots = max(n_shards, min(slots, slots * columns[0] // columns[1]))
   rollout = dataclasses.replace(cfg.rollout, slots=int(slots), length_buckets=())
-  return engine.Engine(model.arch, model.mesh, shape, draws, compute_dtype=cfg.model.compute_dtype, cfg=rollout)
+  return engine.Engine(model.arch, mesh, shape, draws, compute_dtype=cfg.model.compute_dtype, cfg=rollout)
 
 
 _CACHE = "~/.cache/hbpo_jax/xla"

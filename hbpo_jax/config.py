@@ -169,6 +169,10 @@ class MeshConfig:
   data: int = setting(1, "Data-parallel devices.")
   fsdp: int = setting(-1, "Fully-sharded devices; -1 means all that remain.")
   tensor: int = setting(1, "Tensor-parallel devices.")
+  rollout_tensor: int = setting(
+      0, "Tensor-parallel devices of the rollouts, which may be split otherwise than the updates; 0 means mesh.tensor.")
+  rollout_devices: int = setting(
+      0, "Devices set aside for rollouts, the last ones, with pipeline=one_step_off; 0 means none.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +285,9 @@ class Config:
   profile: str = setting("paper", "paper, released or hbpo; sets the fields listed in PROFILES.")
   seed: int = setting(0, "Seed of everything random in the run.")
   steps: int = setting(629, "Rollout batches; 629 = one epoch of DeepScaleR at 64 queries.")
+  pipeline: str = setting(
+      "on_policy", "on_policy, or one_step_off: the next batch decodes while this one is learnt from, so that it comes "
+      "from the weights before this step's updates. The first batch after a checkpoint or an evaluation does not.")
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)

@@ -106,7 +106,7 @@ def new_model(cfg: Config) -> tuple[assemble.Model, Any, Any]:
       functools.partial(decoder.init, arch, param_dtype=jnp.dtype(cfg.model.param_dtype)),
       out_shardings=sharding.param_shardings(arch, mesh))
   params = draw(jax.random.fold_in(jax.random.key(cfg.seed), 2))
-  model = assemble.Model(pathlib.Path(), arch, PromptBuilder(tokenizer, cfg), mesh)
+  model = assemble.Model(pathlib.Path(), arch, PromptBuilder(tokenizer, cfg), mesh, mesh)
   return model, params, tokenizer
 
 

@@ -5,22 +5,28 @@
 Running the same command again continues from the newest good checkpoint in WORKDIR.
 """
 
+from collections.abc import Callable, Sequence
+from concurrent import futures
 import contextlib
 import dataclasses
 import functools
 import pathlib
 import time
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from hbpo_jax import assemble, distributed, flags, preview, run_info
+from hbpo_jax import assemble, distributed, flags, preview, run_info, throughput
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config
 from hbpo_jax.data import problems as problems_lib
 from hbpo_jax.data.pipeline import Pipeline, PipelineIterator
+from hbpo_jax.data.record import Problem
 from hbpo_jax.evaluation.during import Evaluations
 from hbpo_jax.grading.judge import Judge
+from hbpo_jax.grading.verdict import Verdict
 from hbpo_jax.learning.checkpoint import Checkpointer
 from hbpo_jax.learning.learner import Learner, check_finite
 from hbpo_jax.learning.reference import Reference
@@ -32,7 +38,7 @@ from hbpo_jax.reporting import summary as summary_lib
 from hbpo_jax.reporting.console import Console
 from hbpo_jax.reporting.step_log import StepLog, StepRecord
 from hbpo_jax.rollout import engine as engine_lib
-from hbpo_jax.structs import TrainState
+from hbpo_jax.structs import Prompts, Rollouts, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,29 +57,71 @@ class Trainer:
 
   def train(self, state: TrainState, start: int, wall_s: "WallClock") -> TrainState:
     """Algorithm 1 from step `start` to the last; every step is in a checkpoint or will be computed again."""
-    for step in range(start, self.cfg.steps):
-      state = self._step(step, state)
-      meta = lambda: {
-          "data_state": self.batches.get_state(), "config": config_lib.to_json_dict(self.cfg), "wall_s": wall_s()}
-      if self.evaluations.due(step + 1):
-        self.log.annotate(self.evaluations.during(step + 1, state, meta))
-      if self.checkpoints.due(step + 1, last=self.cfg.steps):
-        self.log.flush()  # A saved step is a logged step: a resumed run leaves no gap.
-        self.checkpoints.wait()
-        self.judge.forget_before(min(self.checkpoints.steps(), default=0))
-        self.checkpoints.save(step + 1, state, meta())
+    generated: Generated | None = None
+    with futures.ThreadPoolExecutor(1) as ahead:
+      for step in range(start, self.cfg.steps):
+        clock = Stopwatch()
+        if generated is None:
+          generated = self._generate(step, self._publish(state), self.log.flush)
+        following = None
+        if self._runs_ahead(step):
+          # From the weights as they are before this step's updates.
+          following = ahead.submit(self._generate, step + 1, self._publish(state))
+          self.log.flush()
+        state, record = self._learn(step, state, generated)
+        waited = Stopwatch()
+        generated = following.result() if following is not None else None
+        waited.lap("idle_s")
+        clock.lap("step_s")
+        self.log.defer(step, dataclasses.replace(record, seconds=record.seconds | waited.laps | clock.laps))
+        self._keep(step, state, wall_s)
     self.log.flush()
     return state
 
-  def _step(self, step: int, state: TrainState) -> TrainState:
-    cfg, clock = self.cfg, Stopwatch()
-    problems, prompts = next(self.batches)
+  def _runs_ahead(self, step: int) -> bool:
+    """Whether the next step's rollouts start before this step's updates.
 
-    # Rollouts: J responses per query and budget. The previous step is logged while they decode, and each response is
-    # graded while others still decode.
-    key = jax.random.fold_in(training_key(cfg.seed), step)
-    generation = self.engine.start(self.engine.publish(state.params), prompts, key)
-    self.log.flush()
+    Not where the state is saved or measured after the step: a resumed run knows no older weights than the saved ones.
+    """
+    return (
+        self.cfg.pipeline == "one_step_off" and step + 1 < self.cfg.steps and not self.evaluations.due(step + 1)
+        and not self.checkpoints.due(step + 1, last=self.cfg.steps))
+
+  def _keep(self, step: int, state: TrainState, wall_s: "WallClock") -> None:
+    """What is due after a step: an evaluation, a checkpoint."""
+    meta = lambda: {
+        "data_state": self.batches.get_state(), "config": config_lib.to_json_dict(self.cfg), "wall_s": wall_s()}
+    if self.evaluations.due(step + 1):
+      self.log.annotate(self.evaluations.during(step + 1, state, meta))
+    if self.checkpoints.due(step + 1, last=self.cfg.steps):
+      self.log.flush()  # A saved step is a logged step: a resumed run leaves no gap.
+      self.checkpoints.wait()
+      self.judge.forget_before(min(self.checkpoints.steps(), default=0))
+      self.checkpoints.save(step + 1, state, meta())
+
+  def _publish(self, state: TrainState) -> Any:
+    """The sampler's weights, in buffers that no update consumes while rollouts run beside it."""
+    params = self.engine.publish(state.params)
+    if params is state.params and self.cfg.pipeline == "one_step_off":
+      params = jax.tree.map(jnp.copy, params)
+    return params
+
+  def _generate(self, step: int, params: Any, meanwhile: Callable[[], None] = lambda: None) -> "Generated":
+    """Rollouts and their verdicts.
+
+    Args:
+      params: of the sampler.
+      meanwhile: called once the devices are at work.
+    """
+    clock = Stopwatch()
+    problems, prompts = next(self.batches)
+    jax.block_until_ready(params)
+    clock.lap("publish_s")
+
+    # Rollouts: J responses per query and budget. Each response is graded while others still decode.
+    key = jax.random.fold_in(training_key(self.cfg.seed), step)
+    generation = self.engine.start(params, prompts, key)
+    meanwhile()
     rollouts, grading = generation.rollouts, self.judge.begin(step)
     responses = {}
     for finished in generation:
@@ -84,24 +132,34 @@ class Trainer:
 
     # Verdicts: a score in [0, 1] for each response.
     verdicts = grading.collect()
-    shape = rollouts.n_gen_BGJ.shape
-    verdict_R = [verdicts[index] for index in np.ndindex(shape)]
-    score_BGJ = np.array([v.score for v in verdict_R], np.float32).reshape(shape)
-    finished_BGJ = np.array([v.finished for v in verdict_R]).reshape(shape)
+    indices = list(np.ndindex(rollouts.n_gen_BGJ.shape))
     clock.lap("grade_s")
+    return Generated(
+        problems, prompts, rollouts, [responses[i] for i in indices], [verdicts[i] for i in indices],
+        generation.ledger.metrics(), clock.laps)
+
+  def _learn(self, step: int, state: TrainState, generated: "Generated") -> tuple[TrainState, StepRecord]:
+    """The updates of a step."""
+    cfg, clock, learner = self.cfg, Stopwatch(), self.learner
+    prompts, rollouts = generated.prompts, generated.rollouts
+    shape = rollouts.n_gen_BGJ.shape
+    score_BGJ = np.array([v.score for v in generated.verdicts], np.float32).reshape(shape)
+    finished_BGJ = np.array([v.finished for v in generated.verdicts]).reshape(shape)
 
     # Rewards and advantages within and across budgets.
     reward_BGJ, advantage = rewards_and_advantages(rollouts.n_gen_BGJ, score_BGJ, finished_BGJ, cfg=cfg)
 
     # pi_old (and pi_ref) by the trainer's own forward pass, then one update per minibatch. If there is only one, its
     # forward pass gives pi_old.
-    batch, real_share = self.learner.make_batch(prompts, rollouts, advantage.total_BGJ)
-    batch, gap = self.learner.score_old(state.params, batch)
+    batch, real_share = learner.make_batch(prompts, rollouts, advantage.total_BGJ)
+    batch, gap = learner.score_old(state.params, batch)
     if self.reference is not None:
       batch = batch.replace(logp_ref_RC=self.reference.score(batch))
+    jax.block_until_ready(batch)
+    clock.lap("score_s")
     updates = []
-    for minibatch in self.learner.split_minibatches(batch):
-      state, metrics = self.learner.update(state, minibatch)
+    for minibatch in learner.split_minibatches(batch):
+      state, metrics = learner.update(state, minibatch)
       if jax.default_backend() == "cpu":
         jax.block_until_ready(metrics)  # On few cores, queued programs can starve each other's collectives.
       updates.append(metrics)
@@ -110,14 +168,33 @@ class Trainer:
     if cfg.learner.nonfinite == "stop":
       for metrics in updates:
         check_finite(metrics, step)
-    clock.lap("learn_s")
+    clock.lap("update_s")
 
-    self.log.defer(step, StepRecord(
-        problems=problems, responses=[responses[index] for index in np.ndindex(shape)],
-        reasons=[v.reason for v in verdict_R], score_BGJ=score_BGJ, rollouts=rollouts, reward_BGJ=reward_BGJ,
-        advantage=advantage, updates=updates, extra=gap, seconds=clock.laps,
-        ledger=generation.ledger.metrics() | {"update/real_share": real_share}))
-    return state
+    speed = throughput.metrics(
+        throughput.learning_flops(
+            self.model.arch, prompts.n_prompt_B, rollouts.n_tokens_BGJ,
+            n_scorings=(cfg.learner.minibatches > 1) + (self.reference is not None)),
+        int((np.asarray(prompts.n_prompt_B)[:, None, None] + rollouts.n_tokens_BGJ).sum()), clock.laps,
+        list(self.model.mesh.devices.flat), is_bfloat16=cfg.model.compute_dtype == "bfloat16")
+    return state, StepRecord(
+        problems=generated.problems, responses=generated.responses, reasons=[v.reason for v in generated.verdicts],
+        score_BGJ=score_BGJ, rollouts=rollouts, reward_BGJ=reward_BGJ, advantage=advantage, updates=updates, extra=gap,
+        seconds=generated.seconds | clock.laps, ledger=generated.ledger | speed | {"update/real_share": real_share})
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """The rollouts of a step with their verdicts; lists in (query, budget, rollout) order.
+
+  ledger: metrics of the rollouts.  seconds: wall time by stage.
+  """
+  problems: Sequence[Problem]
+  prompts: Prompts
+  rollouts: Rollouts
+  responses: Sequence[str]
+  verdicts: Sequence[Verdict]
+  ledger: dict[str, float]
+  seconds: dict[str, float]
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -12,6 +12,7 @@ from hbpo_jax import config
 
 _CHOICES = {
     "profile": tuple(config.PROFILES),
+    "pipeline": ("on_policy", "one_step_off"),
     "model.compute_dtype": ("bfloat16", "float32"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full", "offload"),
@@ -40,7 +41,7 @@ _AT_LEAST = {
     "reward.max_response_tokens": 1,
     "optimizer.warmup_updates": 0,
     "learner.minibatches": 1, "learner.microbatch_rows": 0, "learner.logprob_chunk": 1,
-    "mesh.data": 1, "mesh.tensor": 1,
+    "mesh.data": 1, "mesh.tensor": 1, "mesh.rollout_tensor": 0, "mesh.rollout_devices": 0,
     "grading.workers": 0, "grading.memory_mib": 256,
     "checkpoint.save_every": 0, "checkpoint.max_to_keep": 1,
     "log.every": 1, "log.samples_every": 0, "log.n_samples": 0,
@@ -251,6 +252,13 @@ def _divisors(n: int) -> str:
 def _check_devices(cfg: config.Config, n_devices: int) -> int:
   """data x fsdp, the shards of a batch."""
   mesh = cfg.mesh
+  _require(mesh.rollout_devices < n_devices, cfg, "mesh.rollout_devices",
+           f"leaves none of the {n_devices} devices for the updates", "lower it")
+  n_sampling = mesh.rollout_devices or n_devices
+  _require(n_sampling % (mesh.rollout_tensor or mesh.tensor) == 0, cfg, "mesh.rollout_tensor",
+           f"(0 means config.mesh.tensor={mesh.tensor}) does not divide the {n_sampling} devices of the rollouts",
+           f"choose one of {_divisors(n_sampling)}")
+  n_devices -= mesh.rollout_devices
   fixed = mesh.data * mesh.tensor
   _require(mesh.fsdp == -1 or mesh.fsdp >= 1, cfg, "mesh.fsdp", "is not a number of devices",
            "give at least 1, or -1 for all that remain")
@@ -267,7 +275,22 @@ def _check_devices(cfg: config.Config, n_devices: int) -> int:
   return mesh.data * fsdp
 
 
+def _check_pipeline(cfg: config.Config, n_devices: int) -> None:
+  if cfg.pipeline == "on_policy":
+    _require(cfg.mesh.rollout_devices == 0, cfg, "mesh.rollout_devices",
+             "would idle during updates, and the others during rollouts", "set it to 0, or pipeline=one_step_off")
+    return
+  _require(cfg.loss.importance_cap is not None, cfg, "pipeline",
+           "learns from rollouts of older weights without correcting for it", "set loss.importance_cap, such as 2.0")
+  # Two threads that start programs on the same devices may start them in another order on each, and collectives wait
+  # for each other.
+  _require(n_devices == 1 or cfg.mesh.rollout_devices > 0, cfg, "pipeline",
+           f"decodes and learns at once, which {n_devices} devices cannot do together",
+           "set aside some of them with mesh.rollout_devices")
+
+
 def _check_mesh(cfg: config.Config, n_devices: int) -> None:
+  _check_pipeline(cfg, n_devices)
   shards = _check_devices(cfg, n_devices)
   rows = cfg.rollout.queries // cfg.learner.minibatches * cfg.rollout.rollouts_per_query
   less = "raise it to a multiple, or put more devices on mesh.tensor or fewer on mesh.data and mesh.fsdp"

@@ -67,9 +67,9 @@ def make(cfg: OptimizerConfig, total_updates: int) -> optax.GradientTransformati
     return optax.chain(clip, optax.adamw(
         rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mu_dtype=dtype))
 
-  def corrected(update: ArrayLike, b2: ArrayLike) -> jax.Array:
+  def corrected(update: ArrayLike, decay: ArrayLike) -> jax.Array:
     # As a decay, what Adam divides out: the mean of t + 1 squares with weights b2^i.
-    t = jnp.asarray(update, jnp.float32)
+    t, b2 = jnp.asarray(update, jnp.float32), jnp.asarray(decay, jnp.float32)
     return b2 * (1 - b2**t) / (1 - b2**(t + 1))
 
   return optax.chain(

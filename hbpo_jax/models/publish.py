@@ -20,20 +20,25 @@ class Publisher:
   def __init__(self, arch: Architecture, mesh: Mesh, layout: Layout, *, gather: bool):
     """Args:
       arch: the network.
-      mesh: axes data, fsdp, tensor.
+      mesh: of the sampler, axes data, fsdp, tensor; the trainer's may have another split or other devices.
       layout: stacked or unrolled, and the dtype.
       gather: whether each device holds whole weights (but for the split over `tensor`), so that decoding a token
         moves none; else they stay split over fsdp.
     """
-    self._arch, self._layout = arch, layout
+    self._arch, self._mesh, self._layout = arch, mesh, layout
     self.shardings = _shardings(arch, mesh, layout.unrolled, gather)
     self._program = jax.jit(self._traced, out_shardings=self.shardings)
+    self._cast = jax.jit(lambda params: jax.tree.map(lambda w: w.astype(layout.dtype), params))
 
   def __call__(self, params: Any) -> Any:
     """The sampler's params; `params` themselves where nothing has to change."""
     if not self._layout.unrolled and jax.tree.map(_form, params) == jax.tree.map(
         lambda s: (self._layout.dtype, s), self.shardings):
       return params
+    source = jax.tree.leaves(params)[0].sharding
+    if source.device_set != set(self._mesh.devices.flat):
+      # To other devices in the sampler's dtype, split as there; the program then lays it out.
+      params = jax.device_put(self._cast(params), sharding.param_shardings(self._arch, self._mesh))
     return self._program(params)
 
   def abstract(self) -> Any:

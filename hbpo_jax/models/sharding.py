@@ -60,6 +60,28 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def make_rollout_mesh(cfg: MeshConfig, mesh: Mesh, devices: Sequence[Any] | None = None) -> Mesh:
+  """The mesh of the rollouts: `mesh` itself, or the same or other devices split otherwise.
+
+  Args:
+    cfg: rollout_tensor and rollout_devices are read.
+    mesh: of the updates.
+    devices: all devices, of which the last rollout_devices are set aside; None means JAX's.
+  Raises:
+    ValueError: when rollout_tensor does not divide the devices.
+  """
+  tensor = cfg.rollout_tensor or cfg.tensor
+  if not cfg.rollout_devices and tensor == cfg.tensor:
+    return mesh
+  # In the order of `mesh`: one program may then read arrays of the one and write arrays of the other.
+  own = list(jax.devices() if devices is None else devices)[-cfg.rollout_devices:] if cfg.rollout_devices else list(
+      mesh.devices.flat)
+  if len(own) % tensor:
+    raise ValueError(
+        f"mesh.rollout_tensor={tensor} does not divide the {len(own)} devices of the rollouts; choose a divisor.")
+  return Mesh(np.array(own).reshape(1, -1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: Any) -> PartitionSpec:
   """The PartitionSpec of an array with these logical axes; an axis that its mesh axes do not divide stays whole.
 

@@ -5,6 +5,7 @@ batch is cut; the one division by the minibatch's token count happens in `mean_m
 """
 
 import math
+from typing import Any
 
 from flax import struct
 import jax
@@ -95,8 +96,9 @@ class LossSums:
   @classmethod
   def zero(cls) -> "LossSums":
     """The neutral element of `add`."""
-    zero = jnp.zeros((), jnp.float32)
-    return cls(**dict.fromkeys(cls.__dataclass_fields__, zero) | {"gap": GapSums.zero()})
+    values: dict[str, Any] = dict.fromkeys(cls.__dataclass_fields__, jnp.zeros((), jnp.float32))
+    values["gap"] = GapSums.zero()
+    return cls(**values)
 
   def add(self, other: "LossSums") -> "LossSums":
     """The sums of both micro-batches together."""

@@ -16,7 +16,7 @@ Rows = Sequence[Mapping[str, Any]]
 Checks = Mapping[int, tuple[float, float]]  # Evaluations in mid-run: step -> (accuracy, tokens).
 
 _WASTE = (("useful", BLUE), ("truncated", "#CC79A7"), ("overrun", ORANGE), ("idle", LIGHT))
-_STAGES = (("rollout", BLUE), ("grade", "#E69F00"), ("learn", GREEN))
+_STAGES = (("rollout", BLUE), ("grade", "#E69F00"), ("score", "#CC79A7"), ("update", GREEN))
 _CLIPS = (("low", BLUE, "-"), ("high", ORANGE, "--"), ("dual", GREEN, ":"))
 _COMPARED = (("reward", 1.0, "mean reward"), ("accuracy", 100.0, "accuracy (%)"),
              ("mean_tokens", 1.0, "response length (tokens)"), ("entropy", 1.0, "entropy (nats per token)"))

@@ -32,7 +32,8 @@ class StepRecord:
   problems: B problems.  responses: B * G * J texts in (query, budget, rollout) order.
   reasons: B * G * J verdict reasons.  score_BGJ: float [B, G, J], 0..1.
   rollouts: host copy.  reward_BGJ: [B, G, J].  advantage: of objective.advantage.compute.
-  updates: metrics of each minibatch.  extra: further metrics of the step.  seconds: wall time by stage.
+  updates: metrics of each minibatch.  extra: further metrics of the step.  seconds: wall time by stage, and of
+    the step, step_s.
   ledger: of the rollouts, `Ledger.metrics()`.
   """
   problems: Sequence[Problem]
@@ -44,7 +45,7 @@ class StepRecord:
   advantage: Any
   updates: Sequence[Mapping[str, Any]]
   extra: Mapping[str, Any]
-  seconds: Mapping[str, float]
+  seconds: dict[str, float]
   ledger: Mapping[str, float]
 
 
@@ -122,7 +123,5 @@ class StepLog:
     metrics |= {f"sampler/{name}": float(value) for name, value in record.extra.items()}
     metrics |= record.ledger
     metrics |= {f"time/{name}": value for name, value in record.seconds.items()}
-    total_s = sum(record.seconds.values())
-    metrics["time/step_s"] = total_s
-    metrics["tokens_per_s"] = float(record.rollouts.n_gen_BGJ.sum()) / total_s
+    metrics["tokens_per_s"] = float(record.rollouts.n_gen_BGJ.sum()) / record.seconds["step_s"]
     return metrics

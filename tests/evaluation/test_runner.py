@@ -35,7 +35,7 @@ def model():
   tokenizer = synthetic.make_tokenizer(CFG.data.synthetic, CFG.rollout.budgets)
   mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
   arch = dataclasses.replace(presets.preset("tiny_qwen3"), vocab_size=len(tokenizer))
-  return assemble.Model(pathlib.Path(), arch, PromptBuilder(tokenizer, CFG), mesh)
+  return assemble.Model(pathlib.Path(), arch, PromptBuilder(tokenizer, CFG), mesh, mesh)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
 """Mesh sizes, their errors, and where each weight lies."""
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import pytest
 
 from hbpo_jax.config import MeshConfig
-from hbpo_jax.models import decoder, parameters, presets, sharding
+from hbpo_jax.models import decoder, parameters, presets, sharding, slots
+from hbpo_jax.models.publish import Publisher
+from tests.learning import tiny
 
 
 def test_fsdp_takes_the_rest():
@@ -50,3 +53,30 @@ def test_an_axis_that_does_not_divide_stays_whole():
     ("llama3p2_1b", 1236), ("llama3p2_3b", 3213)])
 def test_presets_have_their_published_number_of_parameters(name, millions):
   assert round(parameters.count(presets.preset(name)) / 1e6) == millions
+
+
+def test_rollouts_may_be_split_otherwise_than_updates():
+  devices = jax.devices()[:4]
+  mesh = sharding.make_mesh(MeshConfig(), devices)
+  assert sharding.make_rollout_mesh(MeshConfig(), mesh, devices) is mesh
+  split = sharding.make_rollout_mesh(MeshConfig(rollout_tensor=2), mesh, devices)
+  assert dict(split.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
+  assert list(split.devices.flat) == list(mesh.devices.flat)
+  apart = sharding.make_rollout_mesh(MeshConfig(rollout_devices=2), mesh, devices)
+  assert list(apart.devices.flat) == devices[2:]
+  with pytest.raises(ValueError, match="mesh.rollout_tensor=3 does not divide the 4 devices"):
+    sharding.make_rollout_mesh(MeshConfig(rollout_tensor=3), mesh, devices)
+
+
+@pytest.mark.parametrize("unrolled", [True, False])
+@pytest.mark.parametrize("cfg", [MeshConfig(rollout_tensor=2), MeshConfig(rollout_devices=2)])
+def test_weights_reach_the_mesh_of_the_rollouts(cfg, unrolled):
+  arch, devices = tiny.ARCH, jax.devices()[:4]
+  mesh = sharding.make_mesh(cfg, devices[:4 - cfg.rollout_devices])
+  target = sharding.make_rollout_mesh(cfg, mesh, devices)
+  layout = slots.Layout(unrolled=unrolled, prefill_kernel="xla", decode_kernel="xla", dtype=jnp.dtype("float32"))
+  params = decoder.init(arch, jax.random.key(0))
+  published = Publisher(arch, target, layout, gather=True)(sharding.put(params, sharding.param_shardings(arch, mesh)))
+  expected = decoder.unroll(params, arch) if unrolled else params
+  assert all(x.sharding.mesh == target for x in jax.tree.leaves(published))
+  tiny.assert_trees_equal(published, expected)

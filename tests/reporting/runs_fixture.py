@@ -117,8 +117,8 @@ def metrics_row(draw: np.random.Generator, step: int, steps: int, budgets: Seque
   row |= {"rollout/slot_steps": slot_steps, "rollout/idle": slot_steps * (1 - sum(share.values())),
           "rollout/utilisation": share["useful"]} | {f"rollout/{n}": slot_steps * s for n, s in share.items()}
   row |= {"time/rollout_s": 30 - 14 * done + noise(0.5), "time/grade_s": 2.0 + abs(noise(0.2)),
-          "time/learn_s": (55 if step == 0 else 16) + noise(0.4)}
-  row["time/step_s"] = sum(row[f"time/{n}_s"] for n in ("rollout", "grade", "learn"))
+          "time/score_s": 4 + noise(0.1), "time/update_s": (51 if step == 0 else 12) + noise(0.4)}
+  row["time/step_s"] = sum(row[f"time/{n}_s"] for n in ("rollout", "grade", "score", "update"))
   row |= {"update/clip_fraction_low": 0.004 + 0.002 * done, "update/clip_fraction_high": 0.01 + abs(noise(0.001)),
           "update/clip_fraction_dual": 0.0, "update/approx_kl": 0.003, "update/grad_norm": 0.4 + noise(0.02),
           "update/nonfinite": 0.0, "sampler/mean": 1e-5, "sampler/max": 1e-3, "sampler/kl": 1e-6,

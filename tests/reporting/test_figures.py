@@ -163,7 +163,7 @@ def test_waste_is_stacked_shares_and_seconds():
 
 def test_a_first_step_that_compiles_does_not_flatten_the_rest():
   slow = rows(10)
-  slow[0] = slow[0] | {"time/learn_s": 900.0}
+  slow[0] = slow[0] | {"time/update_s": 900.0}
   ax = panel(dynamics.waste_figure(slow), "seconds per step")
   assert ax.get_ylim()[1] < 100 and "off the scale" in ax.texts[0].get_text() and "step 0" in ax.texts[0].get_text()
 
