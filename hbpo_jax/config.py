@@ -34,6 +34,16 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters, trained in place of the weights (arXiv 2106.09685)."""
+  rank: int = setting(0, "Rank of the adapters; 0 trains the weights themselves.")
+  alpha: float = setting(32.0, "An adapter's product is multiplied by alpha / rank.")
+  targets: tuple[str, ...] = setting(
+      ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+      "Projections with an adapter, by their Hugging Face names.")
+
+
+@dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
   """The arithmetic task that needs no download."""
   min_level: int = setting(1, "Fewest operations of a synthetic problem.")
@@ -266,6 +276,7 @@ class Config:
   seed: int = setting(0, "Seed of everything random in the run.")
   steps: int = setting(629, "Rollout batches; 629 = one epoch of DeepScaleR at 64 queries.")
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
   rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
