@@ -360,6 +360,7 @@ def _write_index(directory: pathlib.Path, shards: list[list[_Piece]]) -> None:
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
+  """Writes an indented JSON file, as transformers does."""
   path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
