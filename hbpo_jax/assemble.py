@@ -5,15 +5,15 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 import transformers
 
 from hbpo_jax import run_info, validation
-from hbpo_jax.config import Config
+from hbpo_jax.config import Config, LoraConfig
 from hbpo_jax.data.prompts import PromptBuilder
 from hbpo_jax.learning import checkpoint
-from hbpo_jax.models import architecture, decoder, presets, sharding, weights
+from hbpo_jax.learning.learner import Learner
+from hbpo_jax.models import architecture, lora, presets, sharding, weights
 from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.reporting.console import Console
 from hbpo_jax.rollout import engine, sampling
@@ -59,6 +59,7 @@ def open_model(cfg: Config) -> Model:
   builder = PromptBuilder(load_tokenizer(directory, arch), cfg, str(directory))
   longest = int(builder.prefix(cfg.rollout.budgets)[1].max())
   validation.validate(cfg, n_devices=jax.device_count(), arch=arch, prefix_tokens=longest)
+  lora.check(cfg.lora, arch)
   return Model(directory, arch, builder, *_make_meshes(cfg))
 
 
@@ -99,13 +100,21 @@ def load_params(cfg: Config, model: Model) -> dict:
   if model.trained is None:
     return weights.load(model.directory, model.arch, model.mesh, param_dtype=cfg.model.compute_dtype)
   run, step = model.trained.parent.parent, int(model.trained.name)
-  dtype = jnp.dtype(run_info.read_config(run)["model"]["param_dtype"])
-  shapes = jax.eval_shape(lambda key: decoder.init(model.arch, key, dtype), jax.random.key(0))
-  abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
-      sharding.param_shardings(model.arch, model.mesh))
+  saved = run_info.read_config(run)
+  adapters = LoraConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.get("lora", {}).items()})
+  # A run with adapters saves nothing else.
+  learner = Learner(model.arch, dataclasses.replace(cfg, lora=adapters, model=dataclasses.replace(
+      cfg.model, param_dtype=saved["model"]["param_dtype"])), model.mesh)
   with checkpoint.Checkpointer(model.trained.parent, cfg.checkpoint, must_exist=True) as checkpoints:
-    return checkpoints.restore_params(step, abstract)
+    params = checkpoints.restore_params(step, learner.abstract_state().params)
+  if adapters.rank:
+    learner.freeze(weights.load(model.directory, model.arch, model.mesh, param_dtype=cfg.model.compute_dtype))
+  return learner.whole(params)
+
+
+def base_dtype(cfg: Config) -> str:
+  """The dtype in which training keeps the network's own weights: frozen ones need no more than their use."""
+  return cfg.model.compute_dtype if cfg.lora.rank else cfg.model.param_dtype
 
 
 def compile_samplers(console: Console, **samplers) -> None:

@@ -36,6 +36,16 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters, trained in place of the weights (arXiv 2106.09685)."""
+  rank: int = setting(0, "Rank of the adapters; 0 trains the weights themselves.")
+  alpha: float = setting(32.0, "An adapter's product is multiplied by alpha / rank.")
+  targets: tuple[str, ...] = setting(
+      ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+      "Projections with an adapter, by their Hugging Face names.")
+
+
+@dataclasses.dataclass(frozen=True)
 class SyntheticConfig:
   """The arithmetic task that needs no download."""
   min_level: int = setting(1, "Fewest operations of a synthetic problem.")
@@ -289,6 +299,7 @@ class Config:
       "on_policy", "on_policy, or one_step_off: the next batch decodes while this one is learnt from, so that it comes "
       "from the weights before this step's updates. The first batch after a checkpoint or an evaluation does not.")
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
   rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from hbpo_jax import assemble, diagnosis, flags
-from hbpo_jax.config import Config
+from hbpo_jax.config import Config, LoraConfig
 from hbpo_jax.data import problems as problems_lib
 from hbpo_jax.data.pipeline import Pipeline
 from hbpo_jax.data.prompts import THINK_CLOSE, THINK_OPEN
@@ -236,6 +236,7 @@ def main(cfg: Config, workdir: str) -> None:
     SystemExit: 1 when something is wrong.
   """
   assemble.keep_compiled_programs()
+  cfg = dataclasses.replace(cfg, lora=LoraConfig())  # New adapters change nothing.
   model = assemble.open_model(cfg)
   problems, _ = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
   data = Pipeline(problems, model.builder, cfg)

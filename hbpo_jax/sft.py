@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from hbpo_jax import assemble, distributed, flags, run_info, validation
 from hbpo_jax import config as config_lib
-from hbpo_jax.config import Config
+from hbpo_jax.config import Config, LoraConfig
 from hbpo_jax.data import problems as problems_lib
 from hbpo_jax.data import synthetic
 from hbpo_jax.data.prompts import PromptBuilder
@@ -41,9 +41,10 @@ def main(cfg: Config, workdir: str) -> None:
   if cfg.sft.path:
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=cfg.sft.path))
     model = assemble.open_model(cfg)
-    params = weights.load(model.directory, model.arch, model.mesh, param_dtype=cfg.model.param_dtype)
+    params = weights.load(model.directory, model.arch, model.mesh, param_dtype=assemble.base_dtype(cfg))
     source = model.directory
   else:
+    cfg = dataclasses.replace(cfg, lora=LoraConfig())  # random weights are no base
     model, params, source = new_model(cfg)
   problems, _ = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
   data = SftData(problems, model.builder, cfg)
@@ -68,7 +69,7 @@ def main(cfg: Config, workdir: str) -> None:
         writer.write(step, row)
       if step % max(1, cfg.sft.steps // 20) == 0 or step == cfg.sft.steps - 1:
         console.message(f"update {step + 1} of {cfg.sft.steps}: loss {row['update/loss']:.4f} nats per token")
-    weights.export(state.params, model.arch, source, root / "export")
+    weights.export(learner.whole(state.params), model.arch, source, root / "export")
     console.message(f"exported to {root / 'export'}")
 
 

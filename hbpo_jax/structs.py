@@ -62,12 +62,14 @@ class Batch:
   """Rows for scoring and updating, T = P + C; completion slot c is token column P + c.
 
   A row is one response: prompt (left-padded), then completion (right-padded). Or it is packed (`learning.packing`):
-  whole responses with their prompts one after the other, P = 1.
+  whole responses with their prompts one after the other, P = 1; or prompts, each followed by several responses.
 
   tokens_RT: int32 [R, T].
   segment_RT: int32 [R, T], 0 = padding; tokens of one response share a number from 1 on. Attention stays within a
     segment.
   position_RT: int32 [R, T], rotary position: 0 at the first token of each response's prompt.
+  context_RT: int32 [R, T], a second segment that a token attends to: its prompt's, where that is shared; or None, where
+    every response has its prompt in its own segment.
   completion_mask_RC: bool [R, C], True = carries loss.
   advantage_RC: float32 [R, C], or [R, 1] where a row is one response.
   logp_old_RC: float32 [R, C], trainer's own log-probabilities before the step's updates.
@@ -78,6 +80,7 @@ class Batch:
   segment_RT: Array
   position_RT: Array
   completion_mask_RC: Array
+  context_RT: Array | None = None
   advantage_RC: Array | None = None
   logp_old_RC: Array | None = None
   logp_ref_RC: Array | None = None

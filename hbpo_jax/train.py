@@ -30,7 +30,7 @@ from hbpo_jax.grading.verdict import Verdict
 from hbpo_jax.learning.checkpoint import Checkpointer
 from hbpo_jax.learning.learner import Learner, check_finite
 from hbpo_jax.learning.reference import Reference
-from hbpo_jax.models import weights
+from hbpo_jax.models import lora, weights
 from hbpo_jax.objective import advantage as advantage_lib
 from hbpo_jax.objective import reward as reward_lib
 from hbpo_jax.reporting import plots, tables
@@ -101,7 +101,7 @@ class Trainer:
 
   def _publish(self, state: TrainState) -> Any:
     """The sampler's weights, in buffers that no update consumes while rollouts run beside it."""
-    params = self.engine.publish(state.params)
+    params = self.engine.publish(self.learner.whole(state.params))
     if params is state.params and self.cfg.pipeline == "one_step_off":
       params = jax.tree.map(jnp.copy, params)
     return params
@@ -240,14 +240,16 @@ def first_state(
     cfg: Config, model: assemble.Model, learner: Learner, checkpoints: Checkpointer, batches: PipelineIterator,
 ) -> tuple[TrainState, int, float]:
   """(state, first step to do, seconds spent): from the newest good checkpoint, which also moves `batches`, or fresh."""
+  load = lambda: weights.load(model.directory, model.arch, model.mesh, param_dtype=assemble.base_dtype(cfg))
   restored = checkpoints.restore_latest(
       learner.abstract_state(), check=lambda meta: run_info.check_resume(cfg, meta["config"]))
-  if restored is not None:
-    state, meta = restored
-    batches.set_state(meta["data_state"])
-    return state, int(state.step), meta["wall_s"]
-  params = weights.load(model.directory, model.arch, model.mesh, param_dtype=cfg.model.param_dtype)
-  return learner.new_state(params), 0, 0.0
+  if restored is None:
+    return learner.new_state(load()), 0, 0.0
+  state, meta = restored
+  if cfg.lora.rank:
+    learner.freeze(load())
+  batches.set_state(meta["data_state"])
+  return state, int(state.step), meta["wall_s"]
 
 
 @distributed.on_every_host
@@ -270,22 +272,23 @@ def main(cfg: Config, workdir: str) -> None:
     run_info.write_run_json(root, cfg, model.mesh, {"architecture": dataclasses.asdict(model.arch)})
     reference = None
     if cfg.loss.kl_coef:
-      reference = Reference(learner, weights.load(
-          model.directory, model.arch, model.mesh, param_dtype=cfg.model.compute_dtype))
+      reference = Reference(learner, _reference_params(cfg, model, learner))
 
     console = stack.enter_context(Console(cfg.log, cfg.steps, start, file=distributed.output()))
     warnings = preview.write(cfg, root / "preview").brief() if distributed.is_writer() else []
     console.header([*_header(cfg, model, data, len(eval_problems), start), *warnings])
     log = stack.enter_context(contextlib.closing(StepLog(cfg, root, start, console, engine.shape.n_prefix)))
 
-    evaluations = stack.enter_context(Evaluations(cfg, model, eval_problems, judge, root, console))
+    evaluations = stack.enter_context(Evaluations(cfg, model, learner.whole, eval_problems, judge, root, console))
     assemble.compile_samplers(console, training=engine, evaluation=evaluations.runner)
     base = evaluations.before(start, state)
     trainer = Trainer(cfg, model, batches, engine, judge, learner, reference, checkpoints, evaluations, log)
     state = trainer.train(state, start, wall_s)
     checkpoints.wait()
     if cfg.checkpoint.export:
-      weights.export(state.params, model.arch, model.directory, root / "export")
+      weights.export(learner.whole(state.params), model.arch, model.directory, root / "export")
+      if cfg.lora.rank:
+        lora.export(state.params, model.arch, cfg.lora, cfg.model.path, root / "adapter")
     trained = evaluations.after(state)
     log.close()
     if distributed.is_writer():
@@ -295,6 +298,13 @@ def main(cfg: Config, workdir: str) -> None:
         console.table(tables.before_after(base, trained))
       console.message(summary_lib.headline(summary))
       console.message(f"see {root / 'summary.md'} and {root / 'plots'}")
+
+
+def _reference_params(cfg: Config, model: assemble.Model, learner: Learner) -> Any:
+  """What pi_ref is scored with: the base model's weights, or beside a frozen base, adapters that change nothing."""
+  if cfg.lora.rank:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), learner.abstract_state().params)
+  return weights.load(model.directory, model.arch, model.mesh, param_dtype=cfg.model.compute_dtype)
 
 
 def _header(cfg: Config, model: assemble.Model, data: Pipeline, n_eval: int, start: int) -> list[str]:

@@ -41,6 +41,7 @@ _AT_LEAST = {
     "reward.max_response_tokens": 1,
     "optimizer.warmup_updates": 0,
     "learner.minibatches": 1, "learner.microbatch_rows": 0, "learner.logprob_chunk": 1,
+    "lora.rank": 0,
     "mesh.data": 1, "mesh.tensor": 1, "mesh.rollout_tensor": 0, "mesh.rollout_devices": 0,
     "grading.workers": 0, "grading.memory_mib": 256,
     "checkpoint.save_every": 0, "checkpoint.max_to_keep": 1,
@@ -57,6 +58,7 @@ _POSITIVE = (0.0, False, math.inf, False)
 _NOT_NEGATIVE = (0.0, True, math.inf, False)
 _FRACTION = (0.0, True, 1.0, True)
 _INTERVALS = {
+    "lora.alpha": _POSITIVE,
     "rollout.temperature": _POSITIVE,
     "rollout.top_p": (0.0, False, 1.0, True),
     "reward.alpha": _NOT_NEGATIVE,

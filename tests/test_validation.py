@@ -47,7 +47,8 @@ CHOICE_CASES = {
     "profile": "best", "model.compute_dtype": "float16", "model.param_dtype": "float16", "model.remat": "some",
     "prompt.prefix_role": "both", "reward.form": "linear", "advantage.std_ddof": 2, "loss.kl_estimator": "k4",
     "optimizer.schedule": "step", "learner.nonfinite": "ignore", "rollout.layers": "looped",
-    "rollout.prefill_kernel": "flash", "rollout.decode_kernel": "paged",
+    "rollout.prefill_kernel": "flash", "rollout.decode_kernel": "paged", "pipeline": "async",
+    "optimizer.first_moment_dtype": "float16", "optimizer.second_moment": "none", "learner.attention_kernel": "flash",
 }  # fmt: skip
 
 
@@ -71,6 +72,7 @@ WHOLE_CASES = [
     ("rollout.slots", -1, 0), ("rollout.segment_steps", -1, 0),
     ("rollout.top_k", -1, 0), ("reward.max_response_tokens", 0, 2560), ("optimizer.warmup_updates", -1, 0),
     ("learner.minibatches", 0, 1), ("learner.microbatch_rows", -1, 1), ("learner.logprob_chunk", 0, 1),
+    ("lora.rank", -1, 0), ("mesh.rollout_tensor", -1, 1), ("mesh.rollout_devices", -1, 0),
     ("mesh.data", 0, 1), ("mesh.tensor", 0, 1), ("grading.workers", -1, 0), ("grading.memory_mib", 255, 256),
     ("checkpoint.save_every", -1, 0), ("checkpoint.max_to_keep", 0, 1), ("log.every", 0, 1),
     ("log.samples_every", -1, 0),
@@ -91,6 +93,7 @@ def test_whole_number_in_range(field, bad, good):
 
 INF, NAN = float("inf"), float("nan")
 REAL_CASES = [
+    ("lora.alpha", (0.0, INF, NAN), (1.0,)),
     ("rollout.temperature", (0.0, -1.0, INF, NAN), (0.1,)), ("rollout.top_p", (0.0, 1.1, NAN), (0.1, 1.0)),
     ("reward.alpha", (-0.1, INF, NAN), (0.0, None)), ("reward.beta", (0.0, NAN), (1.0,)),
     ("reward.unfinished_reward", (INF, -INF, NAN), (-1.0,)), ("advantage.intra_coef", (-1.0, NAN), (0.0, 2.0)),
@@ -319,3 +322,30 @@ def test_evaluation_fits_the_context():
   refuse(r"data\.max_prompt_tokens", "config.eval.max_new_tokens=4097", arch=ARCH, data__n_eval=64,
          eval__max_new_tokens=4097)
   check(arch=ARCH, eval__max_new_tokens=4097)  # no evaluation
+
+
+# Rollouts beside updates.
+
+def test_one_step_off_needs_a_correction_and_devices_of_its_own():
+  off = {"pipeline": "one_step_off"}
+  refuse("pipeline", "set loss.importance_cap", **off)
+  off["loss__importance_cap"] = 2.0
+  check(**off)
+  refuse("pipeline", "which 8 devices cannot do together", n_devices=8, **off)
+  check(n_devices=8, mesh__rollout_devices=4, **off)
+  refuse("mesh\\.rollout_devices", "leaves none of the 8 devices", n_devices=8, mesh__rollout_devices=8, **off)
+  refuse("mesh\\.rollout_tensor", "does not divide the 4 devices", n_devices=8, mesh__rollout_devices=4,
+         mesh__rollout_tensor=3, **off)
+
+
+def test_devices_for_rollouts_alone_would_idle_on_policy():
+  refuse("mesh\\.rollout_devices", "would idle", n_devices=8, mesh__rollout_devices=4)
+  check(n_devices=8, mesh__rollout_tensor=2)
+  refuse("mesh\\.rollout_tensor", "does not divide the 8 devices", n_devices=8, mesh__rollout_tensor=3)
+
+
+@pytest.mark.parametrize("field", ["rollout.prefill_kernel", "learner.attention_kernel"])
+def test_cudnn_needs_sixteen_bits(field):
+  name = field.replace(".", "__")
+  refuse(field.replace(".", "\\."), "needs 16 bits", model__compute_dtype="float32", **{name: "cudnn"})
+  check(model__compute_dtype="bfloat16", **{name: "cudnn"})

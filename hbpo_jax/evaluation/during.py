@@ -30,12 +30,14 @@ class Evaluations:
   """
 
   def __init__(
-      self, cfg: Config, model: assemble.Model, problems: Sequence[Problem], judge: Judge, root: pathlib.Path,
-      console: Console):
-    """Raises:
+      self, cfg: Config, model: assemble.Model, whole: Callable[[Any], Any], problems: Sequence[Problem], judge: Judge,
+      root: pathlib.Path, console: Console):
+    """Args:
+      whole: the network's params of what a TrainState calls params: `Learner.whole`.
+    Raises:
       ValueError: when a prompt is longer than data.max_prompt_tokens.
     """
-    self._cfg, self._model, self._root, self._console = cfg, model, root, console
+    self._cfg, self._model, self._whole, self._root, self._console = cfg, model, whole, root, console
     mode = cfg.eval.mode
     self._mode = str(int(mode)) if mode.isdecimal() else mode
     self.runner = Runner(
@@ -73,9 +75,9 @@ class Evaluations:
 
     def load():
       if start == 0:
-        return state.params
+        return self._whole(state.params)
       model = self._model
-      return weights.load(model.directory, model.arch, model.mesh, param_dtype=self._cfg.model.param_dtype)
+      return weights.load(model.directory, model.arch, model.mesh, param_dtype=assemble.base_dtype(self._cfg))
 
     found = self._measure(self.runner, "base", self._model.identity, load)
     self._base = self._summary(found, self._subset)
@@ -85,7 +87,7 @@ class Evaluations:
     """The evaluation of the trained model, on all problems; None without problems."""
     if self.runner is None:
       return None
-    found = self._measure(self.runner, "trained", self._identity(state), lambda: state.params)
+    found = self._measure(self.runner, "trained", self._identity(state), lambda: self._whole(state.params))
     return self._summary(found)
 
   def during(self, step: int, state: TrainState, meta: Callable[[], dict[str, Any]]) -> dict[str, float]:
@@ -99,7 +101,7 @@ class Evaluations:
     if self.runner is None:
       return {}
     found = self._measure(
-        self.runner, f"step_{step:06d}", self._identity(state), lambda: state.params, len(self._subset))
+        self.runner, f"step_{step:06d}", self._identity(state), lambda: self._whole(state.params), len(self._subset))
     summary = self._summary(found)
     accuracy, tokens = summary["accuracy"], summary["mean_tokens"]
     is_best = self._keep_if_best(step, state, meta, accuracy, tokens)

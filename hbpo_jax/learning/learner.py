@@ -1,6 +1,7 @@
 """The learner: training state, scoring, and updates, each compiled once for a mesh.
 
-`grads` and `apply` are pure; `Learner` holds them jitted, with shardings and donation.
+`grads` and `apply` are pure; `Learner` holds them jitted, with shardings and donation. With lora.rank above 0 it trains
+adapters beside a frozen base: `params` of the state are then the adapters, and `Learner.whole` gives the network's.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from hbpo_jax import structs
 from hbpo_jax.config import Config, LossConfig
 from hbpo_jax.learning import optimizer, packing, scoring
 from hbpo_jax.learning.scoring import batch_logps, chunked_logps, score  # noqa: F401  (the room's front door)
-from hbpo_jax.models import decoder, kernels, sharding
+from hbpo_jax.models import decoder, kernels, lora, sharding
 from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.objective import loss
 from hbpo_jax.structs import Batch, Prompts, Rollouts, TrainState
@@ -156,7 +157,7 @@ class Learner:
   Attributes:
     kernel: of the attention in scoring and updates.
     micro_rows: rows of one forward-backward of a policy update.
-    param_shardings: NamedSharding of every parameter.
+    param_shardings: NamedSharding of everything that is trained: the parameters, or their adapters.
     state_shardings: TrainState of NamedShardings; the optimizer's moments lie like their parameters.
     shards: devices over which rows are split (data x fsdp).
     schedule: learning rate by update.
@@ -186,20 +187,26 @@ class Learner:
     self._tx = optimizer.make(cfg.optimizer, total)
     self._rows = sharding.batch_sharding(mesh, 1)  # of the leading axis, whatever follows it
     whole: Any = sharding.replicated(mesh)
-    self.param_shardings = sharding.param_shardings(arch, mesh)
+    self._base: Any = None  # with adapters, the frozen params
+    self._base_shardings = sharding.param_shardings(arch, mesh) if cfg.lora.rank else None
+    self.param_shardings = (
+        lora.shardings(arch, cfg.lora, mesh) if cfg.lora.rank else sharding.param_shardings(arch, mesh))
     self.state_shardings = TrainState(
         step=whole, update=whole, params=self.param_shardings,
         opt_state=optimizer.state_shardings(
-            self._tx, _abstract_params(arch, "float32"), self.param_shardings, whole))
+            self._tx, _abstract_trained(arch, cfg, "float32"), self.param_shardings, whole))
     policy, supervised = (
         functools.partial(f, arch=arch, cfg=cfg, shards=self.shards, kernel=self.kernel)
         for f in (policy_loss, supervised_loss))
     jit_update = functools.partial(
-        jax.jit, donate_argnums=0, in_shardings=(self.state_shardings, self._rows, None),
+        jax.jit, donate_argnums=0, in_shardings=(self.state_shardings, self._rows, None, self._base_shardings),
         out_shardings=(self.state_shardings, whole))
     self._init_opt = jax.jit(self._init_opt_traced, out_shardings=self.state_shardings.opt_state)
     self._score = jax.jit(
-        self._score_traced, in_shardings=(self.param_shardings, self._rows, None), out_shardings=self._rows)
+        self._score_traced, in_shardings=(self.param_shardings, self._rows, None, self._base_shardings),
+        out_shardings=self._rows)
+    self._merge = jax.jit(
+        lambda base, adapters: lora.merge(base, adapters, lora.scale(cfg.lora)), out_shardings=self._base_shardings)
     self._update = jit_update(functools.partial(self._update_traced, policy, self.micro_rows))
     self._sft_update = jit_update(functools.partial(
         self._update_traced, lambda p, b, n, _: supervised(p, b, n), cfg.learner.microbatch_rows))
@@ -207,11 +214,26 @@ class Learner:
     self._gap = jax.jit(functools.partial(sampler_gap, cfg=cfg.loss), in_shardings=self._rows, out_shardings=whole)
 
   def new_state(self, params: Any) -> TrainState:
-    """Step 0 with fresh optimizer moments. The state takes over `params`: `update` consumes these very arrays."""
+    """Step 0 with fresh optimizer moments. The state takes over `params`: `update` consumes these very arrays.
+
+    With adapters, they are the base, which stays, and the state gets new adapters.
+    """
+    if self.cfg.lora.rank:
+      self.freeze(params)
+      draw = jax.jit(lora.init, static_argnums=(0, 1), out_shardings=self.param_shardings)
+      params = draw(self.arch, self.cfg.lora, jax.random.fold_in(jax.random.key(self.cfg.seed), 3))
     params = jax.device_put(params, self.param_shardings)
     zero = sharding.put(jnp.zeros((), jnp.int32), sharding.replicated(self.mesh))
     # Two buffers, because each is donated on its own.
     return TrainState(step=zero, update=jnp.copy(zero), params=params, opt_state=self._init_opt(params))
+
+  def freeze(self, params: Any) -> None:
+    """Takes the base of adapters; before anything is scored or updated, where `new_state` was not called."""
+    self._base = jax.device_put(params, self._base_shardings)
+
+  def whole(self, params: Any) -> Any:
+    """The network's params: what is trained itself, or the base with the trained adapters merged into it."""
+    return self._merge(self._base, params) if self.cfg.lora.rank else params
 
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and shardings of the state, for restoring a checkpoint."""
@@ -219,7 +241,7 @@ class Learner:
       zero = jnp.zeros((), jnp.int32)
       return TrainState(step=zero, update=zero, params=params, opt_state=self._init_opt_traced(params))
 
-    shapes = jax.eval_shape(described, _abstract_params(self.arch, self.cfg.model.param_dtype))
+    shapes = jax.eval_shape(described, _abstract_trained(self.arch, self.cfg, self.cfg.model.param_dtype))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings)
 
@@ -249,7 +271,7 @@ class Learner:
     if self.cfg.learner.pack:
       batch, share = packing.pack(
           prompts, rollouts, advantage_BGJ, n_minibatches=self.cfg.learner.minibatches, micro_rows=self.micro_rows,
-          shards=self.shards)
+          shards=self.shards, share_prompts=self.kernel != "splash")
       return self.place(batch), share
     n_prompt_B = np.asarray(prompts.n_prompt_B)[:, None, None]
     batch = structs.make_batch(prompts, rollouts, advantage_BGJ)
@@ -263,7 +285,8 @@ class Learner:
     """
     batch = self.place(scoring.forward_fields(batch))
     with jax.set_mesh(self.mesh):
-      return self._score(params, batch, self.cfg.rollout.temperature if temperature is None else temperature)
+      return self._score(
+          params, batch, self.cfg.rollout.temperature if temperature is None else temperature, self._base)
 
   def score_old(self, params: Any, batch: Batch) -> tuple[Batch, Metrics]:
     """(the batch with logp_old_RC, `sampler_gap`); with one update per batch, (the batch as it is, nothing).
@@ -313,7 +336,7 @@ class Learner:
         logp_ref_RC=batch.logp_ref_RC if cfg.kl_coef != 0 else None,
         logp_sampler_RC=batch.logp_sampler_RC if own or cfg.importance_cap is not None else None)
     with jax.set_mesh(self.mesh):
-      return self._update(state, self.place(batch), self.cfg.rollout.temperature)
+      return self._update(state, self.place(batch), self.cfg.rollout.temperature, self._base)
 
   def sft_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One supervised update on the tokens of completion_mask_RC. The given state is consumed (donated).
@@ -322,29 +345,34 @@ class Learner:
       (state, metrics), metrics on the device, float32 []: loss (nats per token), grad_norm, lr, tokens, nonfinite.
     """
     with jax.set_mesh(self.mesh):
-      state, metrics = self._sft_update(state, self.place(scoring.forward_fields(batch)), 1.0)
+      state, metrics = self._sft_update(state, self.place(scoring.forward_fields(batch)), 1.0, self._base)
     return state, {name: metrics[name] for name in ("loss", "grad_norm", "lr", "tokens", "nonfinite")}
 
   def _init_opt_traced(self, params):
     return self._tx.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
-  def _score_traced(self, params, batch, temperature):
+  def _network(self, params, base):
+    """What `decoder` takes: params, or the base with adapters attached."""
+    return params if base is None else lora.attach(base, params, lora.scale(self.cfg.lora))
+
+  def _score_traced(self, params, batch, temperature, base):
     rows = batch.tokens_RT.shape[0]
     # Without a micro-batch size, as many rows at once as an update takes.
     per_pass = self.micro_rows or max(rows // self.cfg.learner.minibatches, 1)
     n_micro = scoring.count_micro_batches(rows, per_pass, self.shards)
     return score(
-        params, self.arch, self.cfg, batch, temperature, shards=self.shards, n_micro=n_micro, kernel=self.kernel)
+        self._network(params, base), self.arch, self.cfg, batch, temperature, shards=self.shards, n_micro=n_micro,
+        kernel=self.kernel)
 
   def _split_traced(self, batch):
     n = self.cfg.learner.minibatches
     rows = batch.tokens_RT.shape[0] // n
     return tuple(jax.tree.map(lambda x, i=i: x[i * rows:(i + 1) * rows], batch) for i in range(n))
 
-  def _update_traced(self, loss_fn, micro_rows, state, batch, temperature):
+  def _update_traced(self, loss_fn, micro_rows, state, batch, temperature, base):
     n_micro = scoring.count_micro_batches(batch.tokens_RT.shape[0], micro_rows, self.shards)
     gradient, sums, n_tokens = grads(
-        lambda params, micro, n: loss_fn(params, micro, n, temperature), state.params, batch,
+        lambda params, micro, n: loss_fn(self._network(params, base), micro, n, temperature), state.params, batch,
         n_micro=n_micro, shards=self.shards, shardings=self.param_shardings)
     metrics = loss.mean_metrics(sums, jnp.maximum(n_tokens, 1.0)) | {
         "lr": self.schedule(state.update), "tokens": n_tokens}
@@ -365,7 +393,9 @@ def _micro_rows(cfg: Config, shards: int) -> int:
   return math.ceil(rows / _PARTS / shards) * shards
 
 
-def _abstract_params(arch: Architecture, param_dtype: str) -> Any:
+def _abstract_trained(arch: Architecture, cfg: Config, param_dtype: str) -> Any:
+  if cfg.lora.rank:
+    return jax.eval_shape(functools.partial(lora.init, arch, cfg.lora), jax.random.key(0))
   return jax.eval_shape(functools.partial(decoder.init, arch, param_dtype=jnp.dtype(param_dtype)), jax.random.key(0))
 
 

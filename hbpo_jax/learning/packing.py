@@ -12,6 +12,7 @@ from hbpo_jax.structs import Batch, Prompts, Rollouts
 
 def pack(
     prompts: Prompts, rollouts: Rollouts, advantage_BGJ: Any, *, n_minibatches: int, micro_rows: int, shards: int,
+    share_prompts: bool = False,
 ) -> tuple[Batch, float]:
   """The step's responses, each with its prompt, in rows of P + C columns; every minibatch in rows of its own.
 
@@ -26,6 +27,8 @@ def pack(
     n_minibatches: divides B.
     micro_rows: rows of a micro-batch over all shards, a multiple of them.
     shards: devices over which rows are split.
+    share_prompts: whether responses to one query in one row share its prompt. The last token of the prompt, which
+      predicts a response's first, is each response's own.
   Returns:
     (a Batch of NumPy arrays with P = 1, rows in order of minibatch; logp_sampler_RC is set, logp_old_RC is not; the
     share of real tokens in the micro-batches that are not empty).
@@ -34,48 +37,61 @@ def pack(
   width = prompts.tokens_BP.shape[1] + max(t.shape[-1] for t in rollouts.tokens)
   per_minibatch = B // n_minibatches * G * J
   n_rows = math.ceil(per_minibatch / micro_rows) * micro_rows
-  shape = (n_minibatches * n_rows, width)
-  packed = _Columns(*(np.zeros(shape, kind) for kind in (np.int32, np.int32, np.int32, bool, np.float32, np.float32)))
-  n_prompt_B, advantage_BGJ = np.asarray(prompts.n_prompt_B), np.asarray(advantage_BGJ, np.float32)
-  length_BN = (n_prompt_B[:, None, None] + rollouts.n_tokens_BGJ).reshape(B, G * J)
+  packed = _Columns.empty((n_minibatches * n_rows, width), share_prompts)
+  advantage_BGJ = np.asarray(advantage_BGJ, np.float32)
+  n_shared_B = np.asarray(prompts.n_prompt_B) - 1 if share_prompts else np.zeros(B, np.int64)
+  own_BN = ((np.asarray(prompts.n_prompt_B) - n_shared_B)[:, None, None] + rollouts.n_tokens_BGJ).reshape(B, G * J)
   queries, n_computed = B // n_minibatches, 0
   for m in range(n_minibatches):
-    first = m * queries
-    rows = first_fit(length_BN[first:first + queries].reshape(-1), width)
+    of_minibatch = slice(m * queries, (m + 1) * queries)
+    rows = first_fit(own_BN[of_minibatch], n_shared_B[of_minibatch], width)
     n_computed += math.ceil(math.ceil(len(rows) / shards) * shards / micro_rows) * micro_rows * width
     # Where a shard's own rows begin in the minibatch, and how they follow each other.
     place = [m * n_rows + k % shards * (n_rows // shards) + k // shards for k in range(len(rows))]
     for r, members in zip(place, rows):
-      start = 0
-      for number, item in enumerate(members, start=1):
-        b, rest = divmod(item, G * J)
-        g, j = divmod(rest, J)
-        start = packed.write(r, start, number, prompts, rollouts, advantage_BGJ, (first + b, g, j))
-  return packed.to_batch(), float(length_BN.sum()) / n_computed
+      packed.write(r, prompts, rollouts, advantage_BGJ, [
+          (m * queries + q, [divmod(n, J) for n in responses]) for q, responses in members.items()])
+  return packed.to_batch(), float((packed.segment != 0).sum()) / n_computed
 
 
-def first_fit(length_N: Sequence[int] | np.ndarray, width: int) -> list[list[int]]:
+def first_fit(
+    length_BN: np.ndarray | Sequence[Sequence[int]], context_B: np.ndarray | Sequence[int], width: int,
+) -> list[dict[int, list[int]]]:
   """Items in rows of `width` by first fit, longest first; equal lengths in order of their index.
 
+  The items of a query share a context, which takes its length once in every row that holds one of them; an item goes
+  to the first row that has its query's, if it fits there, or else to the first that it fits.
+
+  Args:
+    length_BN: int [B, N], of each item, without context.
+    context_B: int [B], of each query's context.
+  Returns:
+    For each row the items n in it by query b.
   Raises:
     ValueError: when an item is longer than a row.
   """
-  order = np.argsort(-np.asarray(length_N), kind="stable")
-  rows: list[list[int]] = []
-  free = np.zeros(0, np.int64)
-  for item in order.tolist():
-    length = int(length_N[item])
-    if length > width:
-      raise ValueError(f"an item of {length} tokens does not fit a row of {width}.")
-    fits = np.flatnonzero(free >= length)
-    if len(fits):
-      row = int(fits[0])
+  length_BN, context_B = np.asarray(length_BN), np.asarray(context_B)
+  B, N = length_BN.shape
+  rows: list[dict[int, list[int]]] = []
+  free_R, here_BR = np.zeros(B * N, np.int64), np.zeros((B, B * N), bool)
+  for item in np.argsort(-length_BN.reshape(-1), kind="stable").tolist():
+    b, n = divmod(item, N)
+    length, context = int(length_BN[b, n]), int(context_B[b])
+    if length + context > width:
+      raise ValueError(f"an item of {length + context} tokens does not fit a row of {width}.")
+    here_R = here_BR[b, :len(rows)]
+    fits_R = free_R[:len(rows)] >= length + context * ~here_R
+    shared = np.flatnonzero(fits_R & here_R) if context else ()
+    found = shared if len(shared) else np.flatnonzero(fits_R)
+    if len(found):
+      row = int(found[0])
     else:
       row = len(rows)
-      rows.append([])
-      free = np.append(free, width)
-    rows[row].append(item)
-    free[row] -= length
+      rows.append({})
+      free_R[row] = width
+    free_R[row] -= length + context * (not here_BR[b, row])
+    here_BR[b, row] = True
+    rows[row].setdefault(b, []).append(n)
   return rows
 
 
@@ -88,26 +104,49 @@ class _Columns:
   has_loss: np.ndarray
   advantage: np.ndarray
   logp_sampler: np.ndarray
+  context: np.ndarray | None
+
+  @classmethod
+  def empty(cls, shape: tuple[int, int], share_prompts: bool) -> "_Columns":
+    """Padding only."""
+    kinds = (np.int32, np.int32, np.int32, bool, np.float32, np.float32)
+    return cls(*(np.zeros(shape, kind) for kind in kinds), np.zeros(shape, np.int32) if share_prompts else None)
 
   def write(
-      self, row: int, start: int, number: int, prompts: Prompts, rollouts: Rollouts, advantage_BGJ: np.ndarray,
-      index: tuple[int, int, int]) -> int:
-    """Puts one response with its prompt into a row from column `start`; returns the column behind it."""
-    b, g, j = index
-    n_prompt, n_tokens = int(prompts.n_prompt_B[b]), int(rollouts.n_tokens_BGJ[b, g, j])
-    middle, end = start + n_prompt, start + n_prompt + n_tokens
-    prompt = np.asarray(prompts.tokens_BP)[b]
-    self.tokens[row, start:middle] = prompt[len(prompt) - n_prompt:]
-    self.tokens[row, middle:end] = rollouts.response(b, g, j)
+      self, row: int, prompts: Prompts, rollouts: Rollouts, advantage_BGJ: np.ndarray,
+      members: Sequence[tuple[int, Sequence[tuple[int, int]]]]) -> None:
+    """Fills a row with responses (subgroup, rollout) by query."""
+    start = number = 0
+    for b, responses in members:
+      n_prompt = int(prompts.n_prompt_B[b])
+      prompt = np.asarray(prompts.tokens_BP)[b, prompts.tokens_BP.shape[1] - n_prompt:]
+      n_shared, context = 0, None
+      if self.context is not None:
+        n_shared, number = n_prompt - 1, number + 1
+        start, context = self._tokens(row, start, prompt[:n_shared], number, 0, number), number
+      for g, j in responses:
+        number += 1
+        n_tokens = int(rollouts.n_tokens_BGJ[b, g, j])
+        start = self._tokens(row, start, prompt[n_shared:], number, n_shared, context)
+        end = self._tokens(row, start, rollouts.response(b, g, j), number, n_prompt, context)
+        self.has_loss[row, start:end] = rollouts.completion_mask[g][b, j, :n_tokens]
+        self.advantage[row, start:end] = advantage_BGJ[b, g, j]
+        self.logp_sampler[row, start:end] = rollouts.logp_sampler[g][b, j, :n_tokens]
+        start = end
+
+  def _tokens(
+      self, row: int, start: int, tokens: np.ndarray, number: int, position: int, context: int | None) -> int:
+    """Puts tokens into a row from column `start`; returns the column behind them."""
+    end = start + len(tokens)
+    self.tokens[row, start:end] = tokens
     self.segment[row, start:end] = number
-    self.position[row, start:end] = np.arange(n_prompt + n_tokens)
-    self.has_loss[row, middle:end] = rollouts.completion_mask[g][b, j, :n_tokens]
-    self.advantage[row, middle:end] = advantage_BGJ[b, g, j]
-    self.logp_sampler[row, middle:end] = rollouts.logp_sampler[g][b, j, :n_tokens]
+    self.position[row, start:end] = position + np.arange(len(tokens))
+    if self.context is not None:
+      self.context[row, start:end] = context
     return end
 
   def to_batch(self) -> Batch:
     """With P = 1: the first column of a row is no one's target."""
     return Batch(
-        self.tokens, self.segment, self.position, self.has_loss[:, 1:], advantage_RC=self.advantage[:, 1:],
-        logp_sampler_RC=self.logp_sampler[:, 1:])
+        self.tokens, self.segment, self.position, self.has_loss[:, 1:], context_RT=self.context,
+        advantage_RC=self.advantage[:, 1:], logp_sampler_RC=self.logp_sampler[:, 1:])

@@ -125,7 +125,7 @@ def batch_logps(
     params: of `decoder.init`.
     arch: the network.
     cfg: model.compute_dtype, model.remat and learner.logprob_chunk are read.
-    batch: its tokens, segments, positions and completion mask are read.
+    batch: its tokens, segments, contexts, positions and completion mask are read.
     temperature: float [], divides the logits.
     shards: as in `chunked_logps`.
     kernel: of the attention, as in `decoder.forward`.
@@ -136,7 +136,8 @@ def batch_logps(
   P = batch.tokens_RT.shape[1] - C
   hidden_RTD = decoder.forward(
       params, arch, batch.tokens_RT, batch.segment_RT, batch.position_RT,
-      compute_dtype=jnp.dtype(cfg.model.compute_dtype), remat=cfg.model.remat, kernel=kernel)
+      compute_dtype=jnp.dtype(cfg.model.compute_dtype), remat=cfg.model.remat, kernel=kernel,
+      context_RT=batch.context_RT)
   logp_RC = chunked_logps(
       hidden_RTD[:, P - 1:P + C - 1], decoder.head_matrix(params, arch), batch.tokens_RT[:, P:],
       temperature=temperature, chunk=cfg.learner.logprob_chunk, shards=shards)
@@ -173,7 +174,8 @@ def score(
 
 def forward_fields(batch: Batch) -> Batch:
   """The batch with only what a forward pass reads."""
-  return Batch(batch.tokens_RT, batch.segment_RT, batch.position_RT, batch.completion_mask_RC)
+  return Batch(
+      batch.tokens_RT, batch.segment_RT, batch.position_RT, batch.completion_mask_RC, context_RT=batch.context_RT)
 
 
 def count_micro_batches(rows: int, microbatch_rows: int, shards: int) -> int:

@@ -111,31 +111,37 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 def attend(
     query_RTHE: jax.Array, key_RTKE: jax.Array, value_RTKE: jax.Array, segment_RT: jax.Array, *,
-    mask_TT: np.ndarray | None = None, kernel: str = "xla",
+    mask_TT: np.ndarray | None = None, kernel: str = "xla", context_RT: jax.Array | None = None,
 ) -> jax.Array:
   """Causal attention within segments.
 
-  Column t sees columns s <= t of its own segment; columns of segment 0 (padding) see and are seen by nothing real.
+  Column t sees columns s <= t of its own segment, and of that which context_RT names; columns of segment 0 (padding)
+  see and are seen by nothing real.
 
   Args:
     query_RTHE, key_RTKE, value_RTKE: compute dtype; query head h uses key/value head h // (H / K).
     segment_RT: int32 [R, T], 0 = padding.
     mask_TT: static bool [T, T] in place of the causal triangle; True = column (second axis) is seen.
     kernel: 'xla', 'splash' (TPU) or 'cudnn' (GPU).
+    context_RT: int32 [R, T], or None; 'splash' compares one number per column only.
   Returns:
     [R, T, H, E], compute dtype; finite but meaningless at padding.
+  Raises:
+    ValueError: when 'splash' is given contexts.
   """
   if kernel == "splash":
+    if context_RT is not None:
+      raise ValueError("the splash kernel knows no contexts; give every response its prompt in its own segment.")
     return kernels.attend_splash(query_RTHE, key_RTKE, value_RTKE, segment_RT, mask=mask_TT)
   if kernel == "cudnn":
-    return kernels.attend_cudnn(query_RTHE, key_RTKE, value_RTKE, segment_RT, mask=mask_TT)
+    return kernels.attend_cudnn(query_RTHE, key_RTKE, value_RTKE, segment_RT, mask=mask_TT, context_RT=context_RT)
   R, T, H, E = query_RTHE.shape
   K = key_RTKE.shape[2]
   dtype = query_RTHE.dtype
   grouped = query_RTHE.reshape(R, T, K, H // K, E)
   score = product("rtkge,rske->rkgts", grouped, key_RTKE)
   causal_TT = jnp.tril(jnp.ones((T, T), bool)) if mask_TT is None else jnp.asarray(mask_TT)
-  same_RTT = (segment_RT[:, :, None] == segment_RT[:, None, :]) & (segment_RT[:, None, :] != 0)
+  same_RTT = kernels.same_segment(segment_RT, context_RT) & (segment_RT[:, None, :] != 0)
   mask = (causal_TT & same_RTT)[:, None, None]
   weight = jax.nn.softmax(jnp.where(mask, score * E**-0.5, MASKED), axis=-1)
   out = product("rkgts,rske->rtkge", weight.astype(dtype), value_RTKE)

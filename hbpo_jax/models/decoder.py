@@ -6,7 +6,8 @@ The network is an NNX module; `nnx.merge` and `nnx.split` happen here and nowher
     embed [V, D]   layers.{attention_norm [L, D], query [L, H, E, D], key/value [L, K, E, D], query_bias [L, H, E], ...,
     output [L, D, H, E], mlp_norm [L, D], gate/up [L, F, D], down [L, D, F]}   norm [D]   head [V, D] (absent if tied)
 
-The sampler's copy may hold the layers unrolled instead (`unroll`): every function but `init` takes both.
+The sampler's copy may hold the layers unrolled instead (`unroll`): every function but `init` takes both. Stacked
+layers may also hold low-rank adapters beside their weights (`hbpo_jax.models.lora.attach`).
 
 The residual stream, norms, softmax and logits are float32; matmuls take `compute_dtype` operands. Every weight is
 rounded to `compute_dtype` at use, so params that were cast beforehand give the same result.
@@ -27,7 +28,9 @@ from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.models.sharding import constrain
 
 REMAT = ("none", "dots", "full", "offload")
-_LAYER_INPUT = "layer_input"
+_LAYER_INPUT, _PROJECTION = "layer_input", "projection"
+# What follows a weight's name in the names of its adapter's two factors.
+LORA_A, LORA_B = "_lora_a", "_lora_b"
 
 
 @struct.dataclass
@@ -67,7 +70,7 @@ class Layer(nnx.Module):
     """Rotated queries [..., H, E], rotated keys and values [..., K, E] of the residual stream x [..., D]."""
     arch = self.arch
     normed = _rms_norm(x, self.attention_norm[...], arch.rms_eps, dtype)
-    query, key, value = (self._linear(normed, "d", w, "he", dtype) for w in (self.query, self.key, self.value))
+    query, key, value = (self._linear(normed, "d", name, "he", dtype) for name in ("query", "key", "value"))
     if arch.qkv_bias:
       query, key, value = (
           y + attention.rounded(bias[...], dtype)
@@ -80,17 +83,22 @@ class Layer(nnx.Module):
 
   def finish(self, x: jax.Array, attended: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The residual stream after the attention's output projection and the MLP."""
-    x = x + self._linear(attended, "he", self.output, "d", dtype)
+    x = x + self._linear(attended, "he", "output", "d", dtype)
     normed = _rms_norm(x, self.mlp_norm[...], self.arch.rms_eps, dtype)
-    gate, up = (self._linear(normed, "d", w, "f", dtype) for w in (self.gate, self.up))
-    return x + self._linear(jax.nn.silu(gate) * up, "f", self.down, "d", dtype)
+    gate, up = (self._linear(normed, "d", name, "f", dtype) for name in ("gate", "up"))
+    return x + self._linear(jax.nn.silu(gate) * up, "f", "down", "d", dtype)
 
-  def _linear(self, x: jax.Array, inputs: str, weight: nnx.Param, outputs: str, dtype: jnp.dtype) -> jax.Array:
-    """float32 [..., outputs] of x [..., inputs]; axes are named by a letter each."""
+  def _linear(self, x: jax.Array, inputs: str, name: str, outputs: str, dtype: jnp.dtype) -> jax.Array:
+    """float32 [..., outputs] of x [..., inputs], by a weight and its adapter; axes are named by a letter each."""
+    w = getattr(self, name)[...]
     if not self.inputs_first:
-      return attention.linear(x, weight[...], inputs, outputs, dtype)
+      out = attention.linear(x, w, inputs, outputs, dtype)
+      if hasattr(self, name + LORA_A):
+        low = attention.linear(x, getattr(self, name + LORA_A)[...], inputs, "r", dtype)
+        out += attention.linear(low, getattr(self, name + LORA_B)[...], "r", outputs, dtype)
+      return checkpoint_name(out, _PROJECTION)  # what remat "dots" keeps
     # As one plain matmul: of several contracted axes, XLA on CPU would transpose the weight at every use.
-    w, lead = weight[...], x.shape[:x.ndim - len(inputs)]
+    lead = x.shape[:x.ndim - len(inputs)]
     out = _matmul("...i,io->...o", x.reshape(*lead, -1), w.reshape(-1, math.prod(w.shape[len(inputs):])), dtype)
     return out.reshape(*lead, *w.shape[len(inputs):])
 
@@ -116,9 +124,12 @@ class Decoder(nnx.Module):
 
 
 @functools.lru_cache
-def _graph(arch: Architecture, inputs_first: bool) -> nnx.GraphDef:
+def _graph(arch: Architecture, inputs_first: bool, factors: tuple[str, ...]) -> nnx.GraphDef:
+  """factors: the names of the adapters' factors in the layers, sorted."""
   def build():
-    return Decoder(arch, parameters.initial(arch, jax.random.key(0), jnp.float32), inputs_first)
+    weights = parameters.initial(arch, jax.random.key(0), jnp.float32)
+    weights["layers"] |= dict.fromkeys(factors, jnp.zeros(()))  # A graph knows no shapes.
+    return Decoder(arch, weights, inputs_first)
 
   return nnx.split(nnx.eval_shape(build))[0]
 
@@ -128,17 +139,27 @@ def is_unrolled(params: dict) -> bool:
   return isinstance(params["layers"], tuple)
 
 
+def _factors(layers: dict[str, Any]) -> tuple[str, ...]:
+  """The names of the adapters' factors, sorted; none without adapters."""
+  return tuple(sorted(name for name in layers if name.endswith((LORA_A, LORA_B))))
+
+
 def unroll(params: dict, arch: Architecture) -> dict:
   """The same weights laid out for decoding without a loop over the layers; jit it.
 
   The layers are a tuple of L dicts; input axes come before output axes; `lm_head` [D, V] is the head. On CPU, a weight
   that is picked out of a stack inside a loop is copied at every use, and a few rows times [inputs, outputs] run at the
   speed of the hardware where [outputs, inputs] reach two thirds of it.
+
+  Raises:
+    ValueError: when adapters are attached.
   """
   def one(row: parameters.Parameter, weight: jax.Array) -> jax.Array:
     n_in = row.n_inputs
     return jnp.moveaxis(weight, range(weight.ndim - n_in, weight.ndim), range(n_in))
 
+  if factors := _factors(params["layers"]):
+    raise ValueError(f"params hold {factors[0]}, which unrolled layers cannot; use lora.merge in place of lora.attach.")
   rows = [row for row in parameters.table(arch) if row.stacked]
   layers = tuple({row.path[-1]: one(row, parameters.at(params, row.path)[i]) for row in rows}
                  for i in range(arch.n_layers))
@@ -148,11 +169,11 @@ def unroll(params: dict, arch: Architecture) -> dict:
 def open_layers(arch: Architecture, params: dict) -> tuple[Decoder, nnx.GraphDef, Any]:
   """(decoder for embedding and norm; graph of one layer; weights of the layers: one stacked State, or a tuple)."""
   unrolled = is_unrolled(params)
-  first = params
+  first, factors = params, () if unrolled else _factors(params["layers"])
   if unrolled:
     first = {"embed": params["embed"], "layers": params["layers"][0], "norm": params["norm"]}
     arch = dataclasses.replace(arch, tie_embeddings=True)  # The head is not part of this module.
-  model = nnx.merge(_graph(arch, unrolled), nnx.State(first))
+  model = nnx.merge(_graph(arch, unrolled, factors), nnx.State(first))
   graph, stacked = nnx.split(model.layers)
   return model, graph, tuple(nnx.State(w) for w in params["layers"]) if unrolled else stacked
 
@@ -169,6 +190,7 @@ def init(arch: Architecture, key: jax.Array, param_dtype: jnp.dtype = jnp.float3
 def run(
     params: dict, arch: Architecture, tokens_RT: jax.Array, segment_RT: jax.Array, position_RT: jax.Array, *,
     compute_dtype: Any, remat: str = "none", keep_cache: bool = False, mask_TT: Any = None, kernel: str = "xla",
+    context_RT: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
   """(hidden states [R, T, D] after the final norm, Cache [L, R, K, T, E] or None); see `forward`.
 
@@ -187,12 +209,13 @@ def run(
     layer = nnx.merge(graph, weights)
     query, key, value = layer.project(x, rope, dtype)
     query = constrain(query, "batch", "none", "heads", "none")
-    attended = attention.attend(query, key, value, segment_RT, mask_TT=mask_TT, kernel=kernel)
+    attended = attention.attend(
+        query, key, value, segment_RT, mask_TT=mask_TT, kernel=kernel, context_RT=context_RT)
     x = constrain(layer.finish(x, attended, dtype), "batch", "none", "none")
     return x, Cache(key.swapaxes(1, 2), value.swapaxes(1, 2)) if keep_cache else None
 
   if remat == "dots":
-    body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_PROJECTION))
   elif remat == "full":
     body = jax.checkpoint(body, prevent_cse=False)
   elif remat == "offload":
@@ -221,6 +244,7 @@ def forward(
     compute_dtype: Any = jnp.bfloat16,
     remat: str = "none",
     kernel: str = "xla",
+    context_RT: jax.Array | None = None,
 ) -> jax.Array:
   """Hidden states after the final norm; `logits` turns them into scores.
 
@@ -230,14 +254,16 @@ def forward(
     segment_RT: int32 [R, T], 0 = padding; attention is causal by column and stays within a segment.
     position_RT: int32 [R, T], rotary positions; any value at padding.
     compute_dtype: dtype of matmul operands: bfloat16 or float32.
-    remat: what the backward pass keeps of each layer: 'none' = everything, 'dots' = matmul outputs, 'full' = its input,
-      'offload' = its input, in the host's memory.
+    remat: what the backward pass keeps of each layer: 'none' = everything, 'dots' = its projections' outputs (with
+      their adapters' share added, not apart), 'full' = its input, 'offload' = its input, in the host's memory.
     kernel: attention: 'xla', 'splash' (TPU) or 'cudnn' (GPU).
+    context_RT: int32 [R, T], a second segment that each token sees; None = none. Not for 'splash'.
   Returns:
     compute_dtype [R, T, D]; finite but meaningless at padding.
   """
   return run(
-      params, arch, tokens_RT, segment_RT, position_RT, compute_dtype=compute_dtype, remat=remat, kernel=kernel)[0]
+      params, arch, tokens_RT, segment_RT, position_RT, compute_dtype=compute_dtype, remat=remat, kernel=kernel,
+      context_RT=context_RT)[0]
 
 
 def prefill(

@@ -162,6 +162,7 @@ def attend_splash(
 def attend_cudnn(
     query_RTHE: jax.Array, key_RTKE: jax.Array, value_RTKE: jax.Array, segment_RT: jax.Array, *,
     mask: np.ndarray | None = None, implementation: Literal["cudnn", "xla"] = "cudnn",
+    context_RT: jax.Array | None = None,
 ) -> jax.Array:
   """`attention.attend` by cuDNN's flash attention, for bfloat16 or float16 on an Ampere card or later.
 
@@ -172,6 +173,7 @@ def attend_cudnn(
     query_RTHE, key_RTKE, value_RTKE, segment_RT: as in `attention.attend`.
     mask: static bool [T, T] in place of the causal triangle.
     implementation: of `jax.nn.dot_product_attention`; 'xla' for tests.
+    context_RT: as in `attention.attend`.
   Returns:
     [R, T, H, E], the query's dtype.
   """
@@ -181,17 +183,25 @@ def attend_cudnn(
   seen_TT = np.tril(np.ones((T, T), bool)) if mask is None else np.asarray(mask, bool)
   seen_TT = _seen_somewhere(np.pad(seen_TT, (0, n_pad)))
 
-  def on_shard(query, key, value, segment):
+  def on_shard(query, key, value, segment, context):
     to_even = lambda x: jnp.pad(x, ((0, 0), (0, n_pad)) + ((0, 0),) * (x.ndim - 2))
-    segment = to_even(segment)
+    segment, context = to_even(segment), to_even(context)
     # Padding sees padding, as each column must see something.
-    seen = seen_TT & (segment[:, :, None] == segment[:, None, :])
+    seen = seen_TT & same_segment(segment, context)
     out = jax.nn.dot_product_attention(
         to_even(query), to_even(key), to_even(value), mask=seen[:, None], implementation=implementation)
     return out[:, :T]
 
+  context_RT = segment_RT if context_RT is None else context_RT
   return _on_shards(
-      on_shard, ("R.K.", "R.K.", "R.K.", "R."), "R.K.", R, K, query_RTHE, key_RTKE, value_RTKE, segment_RT)
+      on_shard, ("R.K.", "R.K.", "R.K.", "R.", "R."), "R.K.", R, K, query_RTHE, key_RTKE, value_RTKE, segment_RT,
+      context_RT)
+
+
+def same_segment(segment_RT: jax.Array, context_RT: jax.Array | None) -> jax.Array:
+  """bool [R, T, T]: whether the column of the last axis lies in the other's segment, or in its context."""
+  same_RTT = segment_RT[:, :, None] == segment_RT[:, None, :]
+  return same_RTT if context_RT is None else same_RTT | (context_RT[:, :, None] == segment_RT[:, None, :])
 
 
 def _tiles(first_X: jax.Array, length_X: jax.Array, n_rows: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:

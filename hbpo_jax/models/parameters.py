@@ -24,7 +24,8 @@ class Parameter:
   hf_shape: shape of the checkpoint's tensor, of one layer.
   shape: shape in params, with the leading [L] of a stacked row.
   axes: logical axis name of each dimension of `shape` (hbpo_jax.models.sharding.LOGICAL_TO_MESH).
-  init_std: standard deviation of a normal initial value; None means the constant `init_value`.
+  init_std: standard deviation of a random initial value (normal, of an adapter uniform); None means the constant
+    `init_value`.
   """
   path: tuple[str, ...]
   hf_name: str

@@ -263,7 +263,7 @@ def export(
     name = _SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
     writer = tensorfile.Writer(aside / name, [(p.name, p.row.hf_shape, p.dtype) for p in shard]) if writes else None
     for piece in shard:
-      values = _fetch(parameters.at(params, piece.row.path), piece.layer)  # a collective where several processes run
+      values = fetch(parameters.at(params, piece.row.path), piece.layer)  # a collective where several processes run
       if writer is not None:
         writer.write(values.astype(piece.dtype).reshape(piece.row.hf_shape))
     if writer is not None:
@@ -275,7 +275,7 @@ def export(
       _copy_files(pathlib.Path(source), aside, config_dtype)
     else:
       _write_new_files(source, arch, aside, config_dtype)
-    _swap(aside, out_dir)
+    swap(aside, out_dir)
   return out_dir
 
 
@@ -333,7 +333,7 @@ def _gather(array, target):
   return jax.lax.with_sharding_constraint(array, target)
 
 
-def _fetch(array: Any, layer: int | None) -> np.ndarray:
+def fetch(array: Any, layer: int | None) -> np.ndarray:
   """One tensor on the host of every process."""
   target = None
   if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
@@ -356,10 +356,11 @@ def _write_index(directory: pathlib.Path, shards: list[list[_Piece]]) -> None:
     return
   weight_map = {p.name: f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i, s in enumerate(shards) for p in s}
   total = sum(math.prod(p.row.hf_shape) * p.dtype.itemsize for s in shards for p in s)
-  _write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+  write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_json(path: pathlib.Path, content: dict) -> None:
+def write_json(path: pathlib.Path, content: dict) -> None:
+  """Writes an indented JSON file, as transformers does."""
   path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -368,7 +369,7 @@ def _copy_files(source: pathlib.Path, directory: pathlib.Path, dtype: str) -> No
   config = architecture.read_json(source / "config.json")
   for key in {"dtype", "torch_dtype"} & set(config) or {"dtype"}:
     config[key] = dtype
-  _write_json(directory / "config.json", config)
+  write_json(directory / "config.json", config)
   for name in _COPIED:
     if (source / name).is_file():
       shutil.copyfile(source / name, directory / name)
@@ -378,11 +379,11 @@ def _write_new_files(tokenizer: Any, arch: Architecture, directory: pathlib.Path
   config = architecture.to_hf_config(arch, dtype)
   for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
     config[key] = getattr(tokenizer, key)
-  _write_json(directory / "config.json", config)
+  write_json(directory / "config.json", config)
   tokenizer.save_pretrained(directory)
 
 
-def _swap(aside: pathlib.Path, out_dir: pathlib.Path) -> None:
+def swap(aside: pathlib.Path, out_dir: pathlib.Path) -> None:
   """Puts the finished directory in place of whatever was there."""
   old = out_dir.with_name(f".{out_dir.name}.old")
   shutil.rmtree(old, ignore_errors=True)

@@ -353,3 +353,46 @@ def test_without_host_memory_the_reference_stays_on_the_devices(monkeypatch):
   reference = Reference(learner, tiny.make_params(learner))
   assert reference.memory_kind == jax.devices()[0].default_memory().kind
   assert np.isfinite(reference.score(learner.place(tiny.make_batch()))).all()
+
+
+def test_the_only_update_of_a_batch_scores_it_itself():
+  """The same update as from pi_old of a pass of its own, with the sampler's gap among its metrics."""
+  learner = tiny.make_learner(loss=EVERYTHING, learner={"minibatches": 1, "microbatch_rows": 8})
+  params = tiny.make_params(learner)
+  batch = tiny.with_own_logps(learner, params, tiny.make_batch())
+  unscored, nothing = learner.score_old(params, batch.replace(logp_old_RC=None))
+  assert unscored.logp_old_RC is None and nothing == {}
+  old = np.asarray(learner.score(params, batch))
+  update = lambda batch: learner.update(learner.new_state(jax.tree.map(jnp.copy, params)), batch)
+  expected_state, expected = update(batch.replace(logp_old_RC=old))
+  state, metrics = update(unscored)
+  gap = tiny.host(learner.sampler_gap(batch.replace(logp_old_RC=old)))
+  assert 0.1 < gap["sampler_gap_mean"] < gap["sampler_gap_max"]
+  tiny.assert_trees_close(metrics, expected | gap, rtol=1e-4, atol=1e-5)
+  assert float(metrics["ratio_max"]) == 1
+  tiny.assert_trees_close(state.params, expected_state.params, rtol=0, atol=2.1e-3)
+
+
+def test_several_updates_of_a_batch_are_scored_before_the_first(one):
+  learner, params, batch = one
+  scored, gap = learner.score_old(params, batch.replace(logp_old_RC=None))
+  np.testing.assert_array_equal(scored.logp_old_RC, learner.score(params, batch))
+  assert set(gap) == {"sampler_gap_mean", "sampler_gap_max", "sampler_kl", "sampler_outside_clip"}
+  with pytest.raises(ValueError, match="logp_old_RC is None; score the batch"):
+    learner.update(learner.new_state(params), batch.replace(logp_old_RC=None))
+
+
+def test_smaller_moments_in_a_whole_update(one):
+  """The learner accepts every form of the optimizer's state, on eight devices too."""
+  _, _, batch = one
+  smaller = {"first_moment_dtype": "bfloat16", "second_moment": "factored"}
+  eight, plain = (tiny.make_learner(8, loss=EVERYTHING, optimizer=o) for o in (smaller, {}))
+  state, metrics = eight.update(eight.new_state(tiny.make_params(eight)), batch)
+  _, expected = plain.update(plain.new_state(tiny.make_params(plain)), batch)
+  assert float(metrics["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-5)
+  assert {str(x.dtype) for x in jax.tree.leaves(state.opt_state)} == {"bfloat16", "float32", "int32"}
+
+
+def test_a_kernel_of_another_platform_is_refused():
+  with pytest.raises(ValueError, match="config.learner.attention_kernel='splash' runs on TPU only"):
+    tiny.make_learner(learner={"attention_kernel": "splash"})

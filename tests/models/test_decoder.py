@@ -155,7 +155,7 @@ def test_gradients_are_finite_with_an_empty_row_and_equal_under_every_remat(chec
   batch = rows([12, 0, 5], 12)
   loss, grad = loss_and_grad(params, arch, *batch)
   assert all(bool(jnp.isfinite(g).all()) and bool((g != 0).any()) for g in jax.tree.leaves(grad))
-  for remat in ("dots", "full"):
+  for remat in ("dots", "full", "offload"):
     other_loss, other_grad = loss_and_grad(params, arch, *batch, remat=remat)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), other_grad, grad)

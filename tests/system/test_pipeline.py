@@ -1,4 +1,4 @@
-"""Rollouts of the next batch while this one is learnt from: what is stale, what is not, and that a resume changes nothing."""
+"""Rollouts of the next batch while this one is learnt from: what is stale, what is not, and the same after a resume."""
 
 import jax
 import numpy as np
