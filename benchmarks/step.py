@@ -29,7 +29,7 @@ N_PROMPT, CAP, GROUP = 64, 256, 16
 MEAN_SHARE, SIGMA = 0.4, 0.8  # of `mix`: mean length as a share of the cap, standard deviation of its logarithm
 WARM_UP = 2  # steps after the first that are not counted; Tunix's second compiles once more
 # Least Tunix step over ours, by case; most of our first step over Tunix's.
-STEP_TARGETS, FIRST_TARGETS = {"full": 1.5, "mix": 3.0}, {"first_step_s": 3.0, "first_step_warm_s": 0.5}
+STEP_TARGETS, FIRST_TARGETS = {"full": 1.5, "mix": 3.0}, {"first_step": 3.0, "first_step_warm": 0.5}
 
 
 def mixed_lengths(n: int, seed: int) -> list[int]:
@@ -205,23 +205,24 @@ def account(mine: list[dict], tunix: list[dict] | None, firsts: list[dict[str, d
 
 
 def targets(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """What was to be reached, what was, and whether; `measured` and `met` are None where a figure is missing.
+  """What was to be reached, what was, and whether: by wall time, which is what `met` judges, and by CPU time.
 
   Args:
-    cells: of all systems and cases.
+    cells: of all systems and cases; a target whose figures are missing is left out.
   """
   found = {(cell["system"], cell["case"]): cell for cell in cells}
   result = []
-  for case, least in STEP_TARGETS.items():
-    ratio = found.get(("ours", case), {}).get("ratio_to_tunix")
-    result.append({"case": case, "what": "Tunix step_s / ours", "at_least": least, "measured": ratio,
-                   "met": None if ratio is None else ratio >= least})
   for case in CASES:
+    ours, tunix = (found.get((system, case), {}) for system in ("ours", "tunix"))
+    if (ratio := ours.get("ratio_to_tunix")) is not None:
+      least = STEP_TARGETS[case]
+      result.append({"case": case, "what": "step_s, Tunix / ours", "at_least": least, "measured": ratio,
+                     "measured_cpu": ours["ratio_to_tunix_cpu"], "met": ratio >= least})
     for name, most in FIRST_TARGETS.items():
-      ours, tunix = (found.get((system, case), {}).get(name) for system in ("ours", "tunix"))
-      if ours is not None and tunix is not None:
-        result.append({"case": case, "what": f"{name}, ours / Tunix", "at_most": most,
-                       "measured": rounded(ours / tunix), "met": ours / tunix <= most})
+      if ours.get(f"{name}_s") is not None and tunix.get(f"{name}_s") is not None:
+        ratio, cpu = (ours[f"{name}_{unit}"] / tunix[f"{name}_{unit}"] for unit in ("s", "cpu_s"))
+        result.append({"case": case, "what": f"{name}_s, ours / Tunix", "at_most": most, "measured": rounded(ratio),
+                       "measured_cpu": rounded(cpu), "met": ratio <= most})
   return result
 
 

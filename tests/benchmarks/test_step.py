@@ -52,14 +52,18 @@ def test_ratios_are_taken_within_a_turn(bench):
 
 def test_targets_hold_or_fail_each_for_itself(bench):
   def cell(system, case, ratio, cold, warm):
-    return dict(system=system, case=case, ratio_to_tunix=ratio, first_step_s=cold, first_step_warm_s=warm)
+    return dict(system=system, case=case, ratio_to_tunix=ratio, ratio_to_tunix_cpu=2.0, first_step_s=cold,
+                first_step_cpu_s=cold, first_step_warm_s=warm, first_step_warm_cpu_s=10.0)
 
   found = bench.targets([
       cell("ours", "full", 1.5, 30.0, 6.0), cell("tunix", "full", 1.0, 10.0, 10.0),
-      cell("ours", "mix", 2.9, None, None), {"system": "tunix", "case": "mix", "error": "gone"}])
-  assert [(t["case"], t["measured"], t["met"]) for t in found] == [
-      ("full", 1.5, True), ("mix", 2.9, False), ("full", 3.0, True), ("full", 0.6, False)]
-  assert [t["met"] for t in bench.targets([])] == [None, None]
+      cell("ours", "mix", 2.9, None, None), cell("tunix", "mix", 1.0, None, None)])
+  assert [(t["case"], t["measured"], t["measured_cpu"], t["met"]) for t in found] == [
+      ("full", 1.5, 2.0, True), ("full", 3.0, 3.0, True), ("full", 0.6, 1.0, False), ("mix", 2.9, 2.0, False)]
+
+
+def test_a_target_without_figures_is_left_out(bench):
+  assert bench.targets([{"system": "ours", "case": "full", "error": "gone"}]) == []
 
 
 def test_a_system_that_does_not_start_is_reported(bench, monkeypatch, tmp_path):
@@ -67,7 +71,7 @@ def test_a_system_that_does_not_start_is_reported(bench, monkeypatch, tmp_path):
   contest = bench.Contest(
       systems=("tunix",), repeats=1, firsts=1, one_process=True, seed=0, timeout_s=60.0, caches=str(tmp_path))
   tunix, last = contest.cells(["full"])
-  assert "does not start" in tunix["error"] and last["targets"][0]["met"] is None
+  assert "does not start" in tunix["error"] and last["targets"] == []
   assert list(contest.errors) == ["tunix"]
 
 
