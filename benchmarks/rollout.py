@@ -10,50 +10,23 @@ Fails only if hbpo_jax fails.
 
 import argparse
 from collections.abc import Iterator, Sequence
-import contextlib
 import dataclasses
-import json
 import math
-import os
 import pathlib
-import platform
 import random
-import statistics
-import subprocess
 import sys
-import threading
-import time
 from typing import Any
 
-HERE = pathlib.Path(__file__).resolve().parent
-TUNIX = "google-tunix==0.1.7"
-TUNIX_VENV = HERE / ".venv-tunix"
+from contenders import parent
+from contenders.parent import EOS, MODELS, PAD, Failed, Worker, log, median, rounded
+
 WORKERS = {"ours": "contenders.ours", "tunix": "contenders.tunix", "transformers": "contenders.hf"}
 SYSTEMS = tuple(WORKERS)
-SCORE_TOLERANCE = 1e-3  # float32 networks of one set of weights differ by 1e-6; a wrong bias or mask by 1e-1.
-
-_COMMON = dict(head_size=64, vocabulary=4096, rope_theta=10_000.0, rms_eps=1e-6, seed=0)
-MODELS = {
-    "small": dict(name="small", hidden=256, layers=4, heads=4, kv_heads=2, mlp=1024, **_COMMON),
-    "medium": dict(name="medium", hidden=512, layers=8, heads=8, kv_heads=4, mlp=2048, **_COMMON),
-}
 N_PROMPT, CAP, GROUP, QUERIES = 64, 256, 16, 4
 LONG_ROOM = 3072
 MEAN_SHARE, SIGMA = 0.35, 0.8  # of `mix`: mean length as a share of the cap, standard deviation of its logarithm
 LONG_PROMPT, PREFILL_CALLS = 512, 5
-EOS, PAD = 1, 0
 CASES = ("full_tight", "full_room3072", "mix", "room_ratio", "prefill_ratio")
-
-
-class Failed(Exception):
-  """A contender could not be started, set up or run."""
-
-
-def make_prompts(n: int, n_tokens: int, seed: int) -> list[list[int]]:
-  """n prompts of n_tokens ids each, none of them EOS or PAD."""
-  rng = random.Random(seed)
-  vocabulary = range(max(EOS, PAD) + 1, _COMMON["vocabulary"])
-  return [rng.choices(vocabulary, k=n_tokens) for _ in range(n)]
 
 
 def mixed_lengths(n: int, seed: int) -> list[int]:
@@ -67,7 +40,7 @@ def make_cases(seed: int) -> dict[str, dict[str, Any]]:
   """Keyword arguments of contenders.common.Case, by name."""
   def case(queries, group, lengths, room, n_prompt=N_PROMPT, **more):
     rows = iter(lengths)
-    return dict(prompts=make_prompts(queries, n_prompt, seed), lengths=[[next(rows) for _ in range(group)]
+    return dict(prompts=parent.make_prompts(queries, n_prompt, seed), lengths=[[next(rows) for _ in range(group)]
                 for _ in range(queries)], cap=max(lengths), room=room, slots=GROUP, eos=EOS, pad=PAD) | more
 
   full = [CAP] * GROUP
@@ -78,83 +51,6 @@ def make_cases(seed: int) -> dict[str, dict[str, Any]]:
       "prefill_1": case(1, 1, [1], LONG_PROMPT + 1, LONG_PROMPT, calls=PREFILL_CALLS),
       "prefill_16": case(1, GROUP, [1] * GROUP, LONG_PROMPT + 1, LONG_PROMPT, calls=PREFILL_CALLS),
   }
-
-
-def log(text: str) -> None:
-  """Progress, to stderr."""
-  print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
-
-
-def tunix_python() -> str:
-  """The interpreter that has Tunix; makes its virtual environment on first use.
-
-  Raises:
-    Failed: when it cannot be installed.
-  """
-  if named := os.environ.get("HBPO_TUNIX_PYTHON"):
-    return named
-  python, done = TUNIX_VENV / "bin" / "python", TUNIX_VENV / "requirement"
-  if done.is_file() and done.read_text() == TUNIX:
-    return str(python)
-  log(f"installing {TUNIX} into {TUNIX_VENV}; takes some minutes, once")
-  for command in ([sys.executable, "-m", "venv", "--clear", str(TUNIX_VENV)],
-                  [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", TUNIX]):
-    result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-    if result.returncode:
-      sys.stderr.write(result.stderr)
-      last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-      raise Failed(f"{TUNIX} could not be installed: {last}; or set HBPO_TUNIX_PYTHON to an interpreter that has it.")
-  done.write_text(TUNIX)
-  return str(python)
-
-
-class Worker:
-  """A contender's process."""
-
-  def __init__(self, system: str, timeout_s: float):
-    self.system, self._timeout_s = system, timeout_s
-    self.model: str | None = None  # whose cases it holds
-    python = tunix_python() if system == "tunix" else sys.executable
-    path = {"PYTHONPATH": str(HERE.parent)} if system == "ours" else {}
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"} | path
-    try:
-      self._process = subprocess.Popen(
-          [python, "-m", WORKERS[system]], cwd=HERE, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    except OSError as error:
-      raise Failed(f"{python} does not start: {error}") from error
-
-  def ask(self, cmd: str, **more) -> dict[str, Any]:
-    """The answer to one command.
-
-    Raises:
-      Failed: when the answer is an error, or none comes.
-    """
-    timer = threading.Timer(self._timeout_s, self._process.kill)
-    timer.start()
-    try:
-      print(json.dumps({"cmd": cmd, **more}), file=self._process.stdin, flush=True)
-      line = self._process.stdout.readline()
-    except OSError:
-      line = ""
-    finally:
-      timer.cancel()
-    if not line:
-      code = self._process.wait()
-      raise Failed(f"its process ended with code {code} (timeout: {self._timeout_s:.0f} s); see stderr.")
-    answer = json.loads(line)
-    if "error" in answer:
-      raise Failed(answer["error"])
-    return answer
-
-  def close(self) -> None:
-    """Ends the process, by itself or else by force."""
-    with contextlib.suppress(OSError):  # It may be gone already.
-      self._process.stdin.close()
-    try:
-      self._process.wait(10)
-    except subprocess.TimeoutExpired:
-      self._process.kill()
-      self._process.wait()
 
 
 @dataclasses.dataclass
@@ -170,7 +66,8 @@ class Contest:
     self.failures: list[str] = []
     self._unavailable: dict[str, str] = {}
     self._cases = make_cases(self.seed)
-    self._common = {"seeds": {"lengths_and_prompts": self.seed, "weights": _COMMON["seed"]}, "machine": machine()}
+    seeds = {"lengths_and_prompts": self.seed, "weights": parent.COMMON["seed"]}
+    self._common = {"seeds": seeds, "machine": parent.machine()}
 
   def close(self) -> None:
     """Ends all workers."""
@@ -190,14 +87,14 @@ class Contest:
       mine, peer = runs[system, name], runs.get(("tunix", name)) if "tunix" not in errors else None
       ratios = [_cpu_per_token(p) / _cpu_per_token(r) for p, r in zip(peer, mine)] if peer else []
       yield cell | {
-          "useful_tokens_per_s": _median(r["useful_tokens"] / r["wall_s"] for r in mine),
-          "tokens_per_cpu_s": _median(1 / _cpu_per_token(r) for r in mine),
-          "tokens_per_cpu_s_min": _round(min(1 / _cpu_per_token(r) for r in mine)),
-          "tokens_per_cpu_s_max": _round(max(1 / _cpu_per_token(r) for r in mine)),
-          "slot_utilisation": _median(r["useful_tokens"] / r["slot_steps"] for r in mine),
-          "ratio_to_tunix": _median(ratios) if ratios else None,
-          "ratio_to_tunix_min": _round(min(ratios)) if ratios else None,
-          "ratio_to_tunix_max": _round(max(ratios)) if ratios else None,
+          "useful_tokens_per_s": median(r["useful_tokens"] / r["wall_s"] for r in mine),
+          "tokens_per_cpu_s": median(1 / _cpu_per_token(r) for r in mine),
+          "tokens_per_cpu_s_min": rounded(min(1 / _cpu_per_token(r) for r in mine)),
+          "tokens_per_cpu_s_max": rounded(max(1 / _cpu_per_token(r) for r in mine)),
+          "slot_utilisation": median(r["useful_tokens"] / r["slot_steps"] for r in mine),
+          "ratio_to_tunix": median(ratios) if ratios else None,
+          "ratio_to_tunix_min": rounded(min(ratios)) if ratios else None,
+          "ratio_to_tunix_max": rounded(max(ratios)) if ratios else None,
           "useful_tokens": mine[0]["useful_tokens"],
           **self._about(mine, ready[system][name]),
       }
@@ -213,9 +110,9 @@ class Contest:
     both = list(zip(runs["ours", over], runs["ours", under]))
     cpu = [a["cpu_s"] / b["cpu_s"] for a, b in both]
     yield cell | {
-        "ratio": _median(cpu), "ratio_min": _round(min(cpu)), "ratio_max": _round(max(cpu)),
-        "ratio_wall": _median(a["wall_s"] / b["wall_s"] for a, b in both),
-        "cpu_s": {over: _median(a["cpu_s"] for a, _ in both), under: _median(b["cpu_s"] for _, b in both)},
+        "ratio": median(cpu), "ratio_min": rounded(min(cpu)), "ratio_max": rounded(max(cpu)),
+        "ratio_wall": median(a["wall_s"] / b["wall_s"] for a, b in both),
+        "cpu_s": {over: median(a["cpu_s"] for a, _ in both), under: median(b["cpu_s"] for _, b in both)},
         **more, **self._about(runs["ours", over] + runs["ours", under], ready["ours"][over]),
     }
 
@@ -224,7 +121,7 @@ class Contest:
       raise Failed(self._unavailable[system])
     if system not in self.workers:
       try:
-        self.workers[system] = Worker(system, self.timeout_s)
+        self.workers[system] = Worker(system, WORKERS[system], self.timeout_s)
       except Failed as error:  # An installation that failed is not tried again at every case.
         self._unavailable[system] = str(error)
         raise
@@ -268,11 +165,8 @@ class Contest:
   def _check_scores(self, ready: dict, errors: dict[str, str]) -> None:
     """Fails a system whose network gives another log-probability to the prompt than the first one's does."""
     scores = {system: next(iter(answers.values()))["score"] for system, answers in ready.items()}
-    log(f"mean log-probability of the first prompt: {scores}")
-    reference = scores.get("ours", next(iter(scores.values()), 0.0))
-    for system, score in scores.items():
-      if not abs(score - reference) < SCORE_TOLERANCE:
-        self._note(system, f"it runs another network: mean log-probability {score}, not {reference}.", ready, errors)
+    for system, error in parent.wrong_networks(scores).items():
+      self._note(system, error, ready, errors)
 
   def _note(self, system: str, error: str, ready: dict, errors: dict[str, str]) -> None:
     log(f"{system} failed: {error}")
@@ -294,25 +188,6 @@ class Contest:
 
 def _cpu_per_token(run: dict[str, Any]) -> float:
   return run["cpu_s"] / run["useful_tokens"]
-
-
-def _round(value: float) -> float:
-  return float(f"{value:.4g}")
-
-
-def _median(values) -> float:
-  return _round(statistics.median(values))
-
-
-def machine() -> dict[str, Any]:
-  """Processor, number of CPUs we may use, and platform."""
-  name = platform.processor()
-  info = pathlib.Path("/proc/cpuinfo")
-  if info.is_file():
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    name = names[0] if names else name
-  cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  return {"cpu": name, "cpus": cpus, "platform": platform.platform()}
 
 
 def cells(contest: Contest, models: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -342,15 +217,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--out", type=pathlib.Path, help="also write the lines to this file")
   args = parser.parse_args(argv)
   contest = Contest(args.systems, args.repeats or (3 if args.quick else 7), args.seed, args.timeout)
-  out = args.out.open("w") if args.out else None
   try:
-    for cell in cells(contest, args.models or (("small",) if args.quick else tuple(MODELS)), args.cases):
-      for stream in filter(None, (sys.stdout, out)):
-        print(json.dumps(cell), file=stream, flush=True)
+    models = args.models or (("small",) if args.quick else tuple(MODELS))
+    parent.print_cells(cells(contest, models, args.cases), args.out)
   finally:
     contest.close()
-    if out:
-      out.close()
   return int("ours" in contest.failures)
 
 

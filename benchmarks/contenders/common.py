@@ -202,7 +202,6 @@ def serve(prepare: Callable[[Model, Case], Prepared], score: Callable[[Model, li
     packages: whose versions to report.
     n_compiles: compilations so far.
   """
-  answers = _take_stdout()
   cases: dict[str, tuple[Prepared, Case]] = {}
   known: dict[str, dict] = {}  # answers to `setup`
 
@@ -227,15 +226,20 @@ def serve(prepare: Callable[[Model, Case], Prepared], score: Callable[[Model, li
     gc.collect()
     return {}
 
-  commands = {"setup": setup, "run": run, "drop": drop}
+  answer({"setup": setup, "run": run, "drop": drop})
+
+
+def answer(commands: dict[str, Callable[..., dict[str, Any]]]) -> None:
+  """Answers the parent's commands, by name, until it closes stdin."""
+  answers = _take_stdout()
   for line in sys.stdin:
     request = json.loads(line)
     try:
-      answer = commands[request.pop("cmd")](**request)
+      result = commands[request.pop("cmd")](**request)
     except Exception as error:  # Whatever a contender raises is its result; the others go on.
       traceback.print_exc()
-      answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
-    print(json.dumps(answer), file=answers, flush=True)
+      result = {"error": f"{type(error).__name__}: {error}"[:2000]}
+    print(json.dumps(result), file=answers, flush=True)
 
 
 def _take_stdout() -> TextIO:

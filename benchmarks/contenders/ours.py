@@ -38,16 +38,15 @@ def build_params(model: Model) -> dict:
   return params
 
 
-def make_engine(model: Model, case: Case) -> engine.Engine:
-  """The engine, with the slots of the case and otherwise its own defaults."""
+def make_engine(model: Model, case: Case, cfg: RolloutConfig) -> engine.Engine:
+  """The engine of one subgroup without a budget sentence."""
   shape = engine.Shape(
       n_queries=len(case.prompts), n_prompt_slots=case.n_prompt, n_rollouts=len(case.lengths[0]),
       caps=(response_room(case),), n_prefix=(0,), count_prefix=True, prefix_has_loss=True)
   # `stop_BGJ` ends the rollouts; the EOS is an id that is never drawn.
   drawn = sampling.make_sampling(1.0, 1.0, 0, (model.vocabulary,))
   return engine.Engine(
-      architecture(model), sharding.make_mesh(MeshConfig()), shape, drawn, compute_dtype="float32",
-      cfg=RolloutConfig(slots=case.slots))
+      architecture(model), sharding.make_mesh(MeshConfig()), shape, drawn, compute_dtype="float32", cfg=cfg)
 
 
 def sample(eng: engine.Engine, params: Any, prompts: Prompts, key: jax.Array, case: Case) -> tuple[Rollouts, int]:
@@ -63,14 +62,19 @@ def response_room(case: Case) -> int:
   return case.room - case.n_prompt
 
 
-def prepare(model: Model, case: Case) -> Prepared:
-  """The compiled engine."""
-  eng = make_engine(model, case)
-  params = eng.publish(build_params(model))
+def make_prompts(case: Case) -> Prompts:
+  """The prompts of the case, without prefixes."""
   B = len(case.prompts)
-  prompts = Prompts(
+  return Prompts(
       tokens_BP=np.array(case.prompts, np.int32), n_prompt_B=np.full(B, case.n_prompt, np.int32),
       prefix_GF=np.zeros((1, 0), np.int32), n_prefix_G=np.zeros(1, np.int32), query_B=np.arange(B, dtype=np.int32))
+
+
+def prepare(model: Model, case: Case) -> Prepared:
+  """The compiled engine, with the slots of the case and otherwise its own defaults."""
+  eng = make_engine(model, case, RolloutConfig(slots=case.slots))
+  params = eng.publish(build_params(model))
+  prompts = make_prompts(case)
 
   def run(seed):
     rollouts, slot_steps = sample(eng, params, prompts, jax.random.key(seed), case)

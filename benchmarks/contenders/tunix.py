@@ -19,7 +19,7 @@ class StopAt(nnx.Variable):
 
 
 class StoppingQwen2(qwen2.Qwen2):
-  """Qwen2 that predicts EOS, with probability 1, at each row's position, and nowhere else."""
+  """Qwen2 that, while it samples, predicts EOS with probability 1 at each row's position, and nowhere else."""
 
   def __init__(self, config: qwen2.ModelConfig, n_rows: int, eos: int, *, rngs: nnx.Rngs):
     super().__init__(config, rngs=rngs)
@@ -27,7 +27,10 @@ class StoppingQwen2(qwen2.Qwen2):
     self.eos = eos
 
   def __call__(self, input_tokens, positions, cache, attention_mask=None, **kwargs):
+    samples = cache is not None
     logits, cache = super().__call__(input_tokens, positions, cache, attention_mask, **kwargs)
+    if not samples:  # An update: log-probabilities of -inf would make its loss nan.
+      return logits, cache
     stops = (positions == self.stop_at[...][:, None])[..., None]
     is_eos = jnp.arange(logits.shape[-1]) == self.eos
     return jnp.where(is_eos != stops, -jnp.inf, logits), cache
