@@ -25,6 +25,7 @@ import zlib
 import jax
 from jax._src import distributed as jax_distributed
 from jax._src.clusters import cloud_tpu_cluster
+import requests
 
 from hbpo_jax.config import Config, DistributedConfig
 
@@ -209,10 +210,15 @@ def _n_tpu_workers() -> int:
   """The hosts of the Cloud TPU slice that this one belongs to; 1 anywhere else."""
   if (jax.config.jax_platforms or "tpu").split(",")[0] != "tpu":
     return 1
-  for cluster in (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster):
-    if cluster.is_env_present():
-      return cluster.get_process_count()
-  return 1
+  gke, gce = cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster
+  if gke.is_env_present():
+    # Its own count asks the metadata server for the slices, where the environment says nothing: then there is one.
+    return len(gke._get_worker_list_in_slice()) * int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
+  try:
+    return gce.get_process_count() if gce.is_env_present() else 1
+  except requests.RequestException as error:
+    _log.warning("The metadata server does not say how many hosts this slice has (%s); this one runs alone.", error)
+    return 1
 
 
 def _say_who_waits(address: str, n_processes: int | None, index: int | None) -> None:
