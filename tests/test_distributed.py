@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+from jax._src.clusters import cloud_tpu_cluster
 import pytest
 
 from hbpo_jax import distributed
@@ -61,8 +62,10 @@ def main(cfg, workdir):
     found = grade()
   elif case == "late" and index == 1:
     time.sleep(3600)
-  elif case == "fails" and index == 1:
+  elif case in ("fails", "stuck") and index == 1:
     raise ValueError("this host has no model")
+  elif case == "stuck":
+    time.sleep(3600)  # As one would be that waits for a device.
   elif case == "elsewhere":
     distributed.barrier(f"place {index}")
   elif case == "writer fails":
@@ -80,24 +83,24 @@ except (ValueError, OSError) as error:
 
 
 def run_two(case, timeout_s=60, folder=""):
-  """[(exit status, lines of output)] of both processes; the second is ended once the first is done, if it is late."""
+  """[(exit status, lines of output, errors)] of both; the second is ended once the first is done, if it is late."""
   port = runs.free_port()
   processes = [
       subprocess.Popen(
           [sys.executable, "-c", _PROGRAM, str(i), str(port), str(timeout_s), case, str(folder)],
-          env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+          env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
       for i in range(2)]
   found = []
   for process in processes:
     if case == "late" and found:
       process.kill()
-    text, _ = process.communicate(timeout=120)
-    found.append((process.returncode, text.splitlines()))
+    text, errors = process.communicate(timeout=120)
+    found.append((process.returncode, text.splitlines(), errors))
   return found
 
 
 def test_they_exchange_values_and_only_the_first_speaks():
-  (status_0, lines_0), (status_1, lines_1) = run_two("talk")
+  (status_0, lines_0, _), (status_1, lines_1, _) = run_two("talk")
   assert status_0 == status_1 == 0
   first, second = json.loads(lines_0[0]), json.loads(lines_1[0])
   assert first["values"] == second["values"] == [[i, 0.1, None, "\ud800é"] for i in range(2)]
@@ -108,7 +111,7 @@ def test_they_exchange_values_and_only_the_first_speaks():
 
 
 def test_each_grades_its_share_and_all_get_all_verdicts(tmp_path):
-  (status_0, lines_0), (status_1, lines_1) = run_two("grade", folder=tmp_path)
+  (status_0, lines_0, _), (status_1, lines_1, _) = run_two("grade", folder=tmp_path)
   assert status_0 == status_1 == 0
   first, second = json.loads(lines_0[0]), json.loads(lines_1[0])
   assert (first.pop("first here"), second.pop("first here")) == ([0, 2, 4], [1, 3])
@@ -120,7 +123,7 @@ def test_each_grades_its_share_and_all_get_all_verdicts(tmp_path):
 
 
 def test_a_missing_process_is_named_with_its_host():
-  status, lines = run_two("late", timeout_s=4)[0]
+  status, lines, _ = run_two("late", timeout_s=4)[0]
   assert status == 2
   assert f"process 1 (host {os.uname().nodename})" in lines[0] and "'the meeting'" in lines[0]
   assert "distributed.timeout_s=4" in lines[0] and "process 0" not in lines[0]
@@ -132,13 +135,19 @@ def test_a_missing_process_is_named_with_its_host():
     ("writer fails", "FileNotFoundError: there is no manifest", "on process 0 (host"),
 ])
 def test_one_that_fails_ends_the_other_with_the_reason(case, first, second):
-  (status_0, lines_0), (status_1, lines_1) = run_two(case)
+  (status_0, lines_0, _), (status_1, lines_1, _) = run_two(case)
   assert status_0 == status_1 == 2
   assert first in lines_0[0] and second in lines_1[0]
   if case == "fails":
     assert "this host has no model" in lines_0[0]
   if case == "writer fails":
     assert "there is no manifest" in lines_1[0]
+
+
+def test_one_that_fails_ends_another_that_waits_for_a_device():
+  (status_0, lines_0, errors_0), (status_1, _, _) = run_two("stuck")
+  assert status_0 == status_1 == 2 and lines_0 == []
+  assert "process 1 (host" in errors_0 and "has ended: ValueError: this host has no model" in errors_0
 
 
 def test_a_process_alone_gets_its_own_value_back():
@@ -157,7 +166,7 @@ def joined(monkeypatch):
     calls.append((args, options))
     raise RuntimeError("not in a test")
 
-  monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
   for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
     monkeypatch.delenv(name, raising=False)
   return calls
@@ -187,7 +196,7 @@ def no_platform_is_forced():
 
 
 def test_the_workers_of_a_slice_find_each_other_and_nothing_else_does(joined, monkeypatch, no_platform_is_forced):
-  monkeypatch.setattr(distributed.cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+  monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
   monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "w0,w1")
   distributed.start(DistributedConfig())  # The tests' platform is the CPU.
   assert not joined
