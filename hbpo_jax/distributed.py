@@ -5,7 +5,8 @@ What only one of them knows, such as a verdict or what a file holds, goes throug
 coordination service, not through the devices: it passes while they are busy, and a process that waits can say for whom.
 A process that is alone gets its own value back at once.
 
-The store and its client are not part of JAX's public interface; this is the only file that touches them.
+The store and its client are not part of JAX's public interface; this is the only file that touches them. JAX is
+imported where several processes start, and not above: reports read evaluations without it.
 """
 
 import atexit
@@ -22,22 +23,20 @@ import time
 from typing import Any, TextIO, TypeVar
 import zlib
 
-import jax
-from jax._src import distributed as jax_distributed
-from jax._src.clusters import cloud_tpu_cluster
-
 from hbpo_jax.config import Config, DistributedConfig
 
 _ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _PREFIX = "hbpo_jax/"
 _SLICE_S = 2.0  # A wait looks this often whether another process has given up.
 _PATIENCE_S = 30.0  # After this long, a wait says for whom it is.
+_GRACE_S = 10.0  # For a process to find out by itself that another has given up.
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class _Job:
   """What this process knows of its job; it is alone until `start` finds otherwise."""
+  client: Any = None  # of the coordination service; raises RuntimeError
   n_processes = 1
   index = 0
   hosts: tuple[str, ...] = ()
@@ -48,18 +47,25 @@ class _Job:
 def on_every_host(main: Callable[[Config, str], None]) -> Callable[[Config, str], None]:
   """A command, (cfg, workdir) -> None, that joins its job first and leaves it together with the others.
 
-  Where it fails, the others learn why at their next exchange, and this process ends without waiting for them.
+  Where it fails, the others learn why and end too, and this process ends without waiting for them.
   """
   @functools.wraps(main)
   def joined(cfg: Config, workdir: str) -> None:
     start(cfg.distributed)
+    if _Job.n_processes == 1:
+      return main(cfg, workdir)
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(over,), daemon=True)
+    watch.start()
     try:
       main(cfg, workdir)
       barrier("the end of the run")
     except BaseException as error:
-      if _Job.n_processes > 1:
-        _give_up(error)
+      _give_up(error)
       raise
+    finally:
+      over.set()
+      watch.join()
 
   return joined
 
@@ -74,11 +80,14 @@ def start(cfg: DistributedConfig) -> None:
     ValueError: when the settings are incomplete or contradict each other.
     RuntimeError: when devices were touched before.
   """
-  if jax.distributed.is_initialized():
+  if _Job.client is not None:
     return
   found = _settings(cfg)
   if found is None:
     return
+  import jax
+  from jax._src import distributed as jax_distributed
+
   address, n_processes, index = found
   waiting = threading.Timer(min(_PATIENCE_S, cfg.timeout_s / 2), _say_who_waits, found)
   waiting.daemon = True
@@ -91,7 +100,8 @@ def start(cfg: DistributedConfig) -> None:
   finally:
     waiting.cancel()
   state = jax_distributed.global_state
-  _Job.n_processes, _Job.index, _Job.timeout_s = state.num_processes, state.process_id, cfg.timeout_s
+  _Job.client, _Job.timeout_s = state.client, cfg.timeout_s
+  _Job.n_processes, _Job.index = state.num_processes, state.process_id
   _Job.hosts = ("?",) * _Job.n_processes
   _Job.hosts = tuple(exchange("the start of the run", socket.gethostname()))
 
@@ -134,21 +144,20 @@ def exchange(what: str, value: Any) -> list[Any]:
   """
   if _Job.n_processes == 1:
     return [value]
-  client: Any = jax_distributed.global_state.client
   _Job.n_exchanges += 1
   folder = f"{_PREFIX}{_Job.n_exchanges}/"
   body = json.dumps([what, value], default=lambda x: x.item()).encode()
-  client.key_value_set_bytes(f"{folder}{_Job.index}", zlib.compress(body, 1))
+  _Job.client.key_value_set_bytes(f"{folder}{_Job.index}", zlib.compress(body, 1))
   started, values = time.monotonic(), []
   for i in range(_Job.n_processes):
-    there, value = json.loads(zlib.decompress(_fetch(client, folder, i, what, started)))
+    there, value = json.loads(zlib.decompress(_fetch(folder, i, what, started)))
     if there != what:
       raise ValueError(
           f"process {i} ({_host(i)}) is at {there!r} while process {_Job.index} ({_host(_Job.index)}) is at {what!r}; "
           "start the same command, of the same version, on every host.")
     values.append(value)
   # All are here, so all have read what went before.
-  client.key_value_delete(f"{_PREFIX}{_Job.n_exchanges - 1}/{_Job.index}")
+  _Job.client.key_value_delete(f"{_PREFIX}{_Job.n_exchanges - 1}/{_Job.index}")
   return values
 
 
@@ -207,38 +216,47 @@ def _settings(cfg: DistributedConfig) -> tuple[str, int | None, int | None] | No
 
 def _n_tpu_workers() -> int:
   """The hosts of the Cloud TPU slice that this one belongs to; 1 anywhere else."""
+  import jax
+  from jax._src.clusters import cloud_tpu_cluster
+  import requests
+
   if (jax.config.jax_platforms or "tpu").split(",")[0] != "tpu":
     return 1
-  for cluster in (cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster):
-    if cluster.is_env_present():
-      return cluster.get_process_count()
-  return 1
+  gke, gce = cloud_tpu_cluster.GkeTpuCluster, cloud_tpu_cluster.GceTpuCluster
+  if gke.is_env_present():
+    # Its own count asks the metadata server for the slices, where the environment says nothing: then there is one.
+    return len(gke._get_worker_list_in_slice()) * int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
+  try:
+    return gce.get_process_count() if gce.is_env_present() else 1
+  except requests.RequestException as error:
+    _log.warning("The metadata server does not say how many hosts this slice has (%s); this one runs alone.", error)
+    return 1
 
 
 def _say_who_waits(address: str, n_processes: int | None, index: int | None) -> None:
   # JAX ends the process when the time is over, without a word on what it waited for.
   who = "this process" if index is None else f"process {index} of {n_processes}"
   where = address or "the coordinator of the slice"
-  print(f"{who} (host {socket.gethostname()}) still waits for the others at {where}; start the same command on every "
-        "host.", file=sys.stderr, flush=True)
+  _say(f"{who} (host {socket.gethostname()}) still waits for the others at {where}; start the same command on every "
+       "host.")
 
 
-def _fetch(client: Any, folder: str, i: int, what: str, started: float) -> bytes:
+def _fetch(folder: str, i: int, what: str, started: float) -> bytes:
   """The value of process i, once it is there."""
   warned = False
   while True:
     left_s = started + _Job.timeout_s - time.monotonic()
     try:
-      return client.blocking_key_value_get_bytes(f"{folder}{i}", max(1, int(1000 * min(_SLICE_S, left_s))))
-    except jax.errors.JaxRuntimeError as error:
+      return _Job.client.blocking_key_value_get_bytes(f"{folder}{i}", max(1, int(1000 * min(_SLICE_S, left_s))))
+    except RuntimeError as error:
       if "DEADLINE_EXCEEDED" not in str(error):
         raise
-    for key, note in client.key_value_dir_get_bytes(f"{_PREFIX}gave_up/"):
+    for key, note in _Job.client.key_value_dir_get_bytes(f"{_PREFIX}gave_up/"):
       other = int(key.rpartition("/")[2])
       raise ValueError(f"process {other} ({_host(other)}) has ended: {note.decode()}")
     if left_s > _SLICE_S and (warned or time.monotonic() - started < _PATIENCE_S):
       continue
-    here = {key.rpartition("/")[2] for key, _ in client.key_value_dir_get_bytes(folder)}
+    here = {key.rpartition("/")[2] for key, _ in _Job.client.key_value_dir_get_bytes(folder)}
     missing = ", ".join(f"process {j} ({_host(j)})" for j in range(_Job.n_processes) if str(j) not in here)
     if left_s <= _SLICE_S and missing:
       raise ValueError(
@@ -253,13 +271,49 @@ def _host(index: int) -> str:
   return f"host {_Job.hosts[index]}"
 
 
+def _watch(over: threading.Event) -> None:
+  """Shows that this process lives, says which other does not, and ends this one once another has given up.
+
+  A device that waits for another's waits for ever and says nothing. Of a process that died without a word, JAX itself
+  ends the others, after its own time and without the name of the host.
+  """
+  seen: dict[int, tuple[bytes, float]] = {}
+  silent: set[int] = set()
+  beat, ended = 0, None
+  while not over.wait(_SLICE_S):
+    beat += 1
+    try:
+      _Job.client.key_value_set_bytes(f"{_PREFIX}alive/{_Job.index}", str(beat).encode(), True)
+      alive = _Job.client.key_value_dir_get_bytes(f"{_PREFIX}alive/")
+      notes = _Job.client.key_value_dir_get_bytes(f"{_PREFIX}gave_up/")
+    except RuntimeError:
+      return  # The service has ended, and JAX ends this process.
+    now = time.monotonic()
+    for key, text in alive:
+      i = int(key.rpartition("/")[2])
+      if i not in seen or seen[i][0] != text:
+        seen[i] = text, now
+      elif i not in silent and now - seen[i][1] > _PATIENCE_S:
+        silent.add(i)
+        _say(f"process {i} ({_host(i)}) has shown no sign of life for {_PATIENCE_S:.0f} seconds; see the output there.")
+    if notes and ended is None:
+      ended = now
+    if ended is not None and now - ended > _GRACE_S:
+      i = int(notes[0][0].rpartition("/")[2])
+      _say(f"process {i} ({_host(i)}) has ended: {notes[0][1].decode()}")
+      os._exit(2)
+
+
+def _say(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
 def _give_up(error: BaseException) -> None:
   """Tells the others why, and makes this process end without the meeting at which JAX would wait for them."""
   text = f"{type(error).__name__}: {error}".strip()[:500]
-  client: Any = jax_distributed.global_state.client
   try:
-    client.key_value_set_bytes(f"{_PREFIX}gave_up/{_Job.index}", text.encode())
-  except jax.errors.JaxRuntimeError as failure:  # The service ends with process 0.
+    _Job.client.key_value_set_bytes(f"{_PREFIX}gave_up/{_Job.index}", text.encode())
+  except RuntimeError as failure:  # The service ends with process 0.
     _log.warning("The other processes cannot be told: %s", failure)
   status = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, (ValueError, OSError)) else 1
 

@@ -1,8 +1,10 @@
 """Helpers of the whole-run tests: a tiny checkpoint, a problem file, and the command line that trains on them."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -75,6 +77,29 @@ def run(module: str, overrides: dict, workdir: pathlib.Path, n_devices: int = 1)
   """The finished process of a command."""
   return subprocess.run(
       command(module, overrides, workdir), env=environment(n_devices), capture_output=True, text=True, timeout=600)
+
+
+def free_port() -> int:
+  """A port of this machine that nothing listens on."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+def run_hosts(
+    module: str, overrides: dict, workdir: pathlib.Path, n_processes: int, n_devices: int,
+) -> list[subprocess.CompletedProcess]:
+  """The finished processes of a command that runs as one job of several, each with n simulated devices."""
+  job = {"distributed.coordinator_address": f"127.0.0.1:{free_port()}", "distributed.num_processes": n_processes}
+  running = [
+      subprocess.Popen(
+          command(module, overrides | job | {"distributed.process_id": i}, workdir), env=environment(n_devices),
+          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+      for i in range(n_processes)]
+  # All at once: a process whose pipe is full would keep the others waiting.
+  with concurrent.futures.ThreadPoolExecutor(n_processes) as threads:
+    outputs = list(threads.map(lambda p: p.communicate(timeout=600), running))
+  return [subprocess.CompletedProcess(p.args, p.returncode, *texts) for p, texts in zip(running, outputs)]
 
 
 def exported(workdir: pathlib.Path) -> dict[str, np.ndarray]:
