@@ -40,8 +40,8 @@ _AT_LEAST = {
     "rollout.slots": 0, "rollout.segment_steps": 0,
     "reward.max_response_tokens": 1,
     "optimizer.warmup_updates": 0,
-    "learner.minibatches": 1, "learner.microbatch_rows": 0, "learner.logprob_chunk": 1,
-    "lora.rank": 0,
+    "learner.minibatches": 1, "learner.microbatch_rows": 0, "learner.row_tokens": 0, "learner.logprob_chunk": 1,
+    "lora.rank": 0, "distributed.num_processes": 0, "distributed.process_id": -1, "distributed.timeout_s": 1,
     "mesh.data": 1, "mesh.tensor": 1, "mesh.rollout_tensor": 0, "mesh.rollout_devices": 0,
     "grading.workers": 0, "grading.memory_mib": 256,
     "checkpoint.save_every": 0, "checkpoint.max_to_keep": 1,
@@ -256,10 +256,11 @@ def _check_devices(cfg: config.Config, n_devices: int) -> int:
   mesh = cfg.mesh
   _require(mesh.rollout_devices < n_devices, cfg, "mesh.rollout_devices",
            f"leaves none of the {n_devices} devices for the updates", "lower it")
-  n_sampling = mesh.rollout_devices or n_devices
-  _require(n_sampling % (mesh.rollout_tensor or mesh.tensor) == 0, cfg, "mesh.rollout_tensor",
-           f"(0 means config.mesh.tensor={mesh.tensor}) does not divide the {n_sampling} devices of the rollouts",
-           f"choose one of {_divisors(n_sampling)}")
+  if mesh.rollout_devices or mesh.rollout_tensor:
+    n_sampling = mesh.rollout_devices or n_devices
+    _require(n_sampling % (mesh.rollout_tensor or mesh.tensor) == 0, cfg, "mesh.rollout_tensor",
+             f"(0 means config.mesh.tensor={mesh.tensor}) does not divide the {n_sampling} devices of the rollouts",
+             f"choose one of {_divisors(n_sampling)}")
   n_devices -= mesh.rollout_devices
   fixed = mesh.data * mesh.tensor
   _require(mesh.fsdp == -1 or mesh.fsdp >= 1, cfg, "mesh.fsdp", "is not a number of devices",
@@ -336,6 +337,9 @@ def _check_model(cfg: config.Config, arch: Any, prefix_tokens: int) -> None:
     prefix = f" + {uncounted} of the budget sentence" if uncounted else ""
     raise ValueError(f"{what.format(f'a longest response of {cap} (config.{field})' + prefix)}; "
                      f"lower data.max_prompt_tokens or {field}.")
+  _require(cfg.learner.row_tokens in (0, max(cfg.learner.row_tokens, prompt + cap + uncounted)), cfg,
+           "learner.row_tokens", f"is shorter than a prompt of {prompt} and a response of {cap + uncounted} tokens",
+           "raise it, or set it to 0")
   longest = cfg.eval.max_new_tokens or cfg.reward.max_response_tokens
   if cfg.data.n_eval and prompt + longest > context:
     raise ValueError(f"{what.format(f'config.eval.max_new_tokens={longest}')}; lower eval.max_new_tokens.")

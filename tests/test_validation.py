@@ -71,6 +71,8 @@ WHOLE_CASES = [
     ("data.synthetic.n_problems", 0, 1), ("rollout.queries", 0, 4), ("rollout.rollouts_per_query", 0, 4),
     ("rollout.slots", -1, 0), ("rollout.segment_steps", -1, 0),
     ("rollout.top_k", -1, 0), ("reward.max_response_tokens", 0, 2560), ("optimizer.warmup_updates", -1, 0),
+    ("learner.row_tokens", -1, 0), ("distributed.num_processes", -1, 0), ("distributed.timeout_s", 0, 1),
+    ("distributed.process_id", -2, -1),
     ("learner.minibatches", 0, 1), ("learner.microbatch_rows", -1, 1), ("learner.logprob_chunk", 0, 1),
     ("lora.rank", -1, 0), ("mesh.rollout_tensor", -1, 1), ("mesh.rollout_devices", -1, 0),
     ("mesh.data", 0, 1), ("mesh.tensor", 0, 1), ("grading.workers", -1, 0), ("grading.memory_mib", 255, 256),
@@ -349,3 +351,10 @@ def test_cudnn_needs_sixteen_bits(field):
   name = field.replace(".", "__")
   refuse(field.replace(".", "\\."), "needs 16 bits", model__compute_dtype="float32", **{name: "cudnn"})
   check(model__compute_dtype="bfloat16", **{name: "cudnn"})
+
+
+def test_a_row_must_hold_the_longest_response_with_its_prompt():
+  settings = dict(data__max_prompt_tokens=100, reward__max_response_tokens=2560, arch=ARCH)
+  refuse("learner\\.row_tokens", "shorter than a prompt of 100 and a response of 2560", learner__row_tokens=2659,
+         **settings)
+  check(learner__row_tokens=2660, **settings)

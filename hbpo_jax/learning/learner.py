@@ -271,14 +271,14 @@ class Learner:
     if self.cfg.learner.pack:
       batch, share = packing.pack(
           prompts, rollouts, advantage_BGJ, n_minibatches=self.cfg.learner.minibatches, micro_rows=self.micro_rows,
-          shards=self.shards, share_prompts=self.kernel != "splash")
+          shards=self.shards, row_tokens=self.cfg.learner.row_tokens, share_prompts=self.kernel != "splash")
       return self.place(batch), share
     n_prompt_B = np.asarray(prompts.n_prompt_B)[:, None, None]
     batch = structs.make_batch(prompts, rollouts, advantage_BGJ)
     return self.place(batch), float((n_prompt_B + rollouts.n_tokens_BGJ).sum()) / batch.tokens_RT.size
 
   def score(self, params: Any, batch: Batch, temperature: float | None = None) -> jax.Array:
-    """float32 [R, C]: log-probability of every real completion token, 0 at padding.
+    """float32 [R, C]: log-probability of every token that carries loss, 0 elsewhere.
 
     Args:
       temperature: divides the logits; None means the sampler's, rollout.temperature.

@@ -9,12 +9,14 @@ import numpy as np
 
 from hbpo_jax.structs import Batch, Prompts, Rollouts
 
+_LONG = 512  # tokens
+
 
 def pack(
     prompts: Prompts, rollouts: Rollouts, advantage_BGJ: Any, *, n_minibatches: int, micro_rows: int, shards: int,
-    share_prompts: bool = False,
+    row_tokens: int = 0, share_prompts: bool = False,
 ) -> tuple[Batch, float]:
-  """The step's responses, each with its prompt, in rows of P + C columns; every minibatch in rows of its own.
+  """The step's responses, each with its prompt, in rows of one length; every minibatch in rows of its own.
 
   A minibatch is made of consecutive queries. Its responses go to rows by first fit, longest first; the rows are dealt
   out to the shards in turn, and come before the empty rows that are left, so that whole micro-batches are empty and
@@ -27,6 +29,7 @@ def pack(
     n_minibatches: divides B.
     micro_rows: rows of a micro-batch over all shards, a multiple of them.
     shards: devices over which rows are split.
+    row_tokens: columns of a row; 0 means those of `row_width`.
     share_prompts: whether responses to one query in one row share its prompt. The last token of the prompt, which
       predicts a response's first, is each response's own.
   Returns:
@@ -34,7 +37,8 @@ def pack(
     share of real tokens in the micro-batches that are not empty).
   """
   B, G, J = rollouts.n_tokens_BGJ.shape
-  width = prompts.tokens_BP.shape[1] + max(t.shape[-1] for t in rollouts.tokens)
+  P, C = prompts.tokens_BP.shape[1], max(t.shape[-1] for t in rollouts.tokens)
+  width = row_tokens or row_width(P, C, share_prompts)
   per_minibatch = B // n_minibatches * G * J
   n_rows = math.ceil(per_minibatch / micro_rows) * micro_rows
   packed = _Columns.empty((n_minibatches * n_rows, width), share_prompts)
@@ -52,6 +56,17 @@ def pack(
       packed.write(r, prompts, rollouts, advantage_BGJ, [
           (m * queries + q, [divmod(n, J) for n in responses]) for q, responses in members.items()])
   return packed.to_batch(), float((packed.segment != 0).sum()) / n_computed
+
+
+def row_width(P: int, C: int, share_prompts: bool) -> int:
+  """Columns of a row for prompts of at most P and responses of at most C tokens.
+
+  Short rows hold two of the longest responses to a query: less is left over at their ends, and matmuls are larger. The
+  attention of long rows would cost more than that saves.
+  """
+  if P + C > _LONG:
+    return P + C
+  return P + 1 + 2 * C if share_prompts else 2 * (P + C)
 
 
 def first_fit(
@@ -81,7 +96,7 @@ def first_fit(
       raise ValueError(f"an item of {length + context} tokens does not fit a row of {width}.")
     here_R = here_BR[b, :len(rows)]
     fits_R = free_R[:len(rows)] >= length + context * ~here_R
-    shared = np.flatnonzero(fits_R & here_R) if context else ()
+    shared = np.flatnonzero(fits_R & here_R & (context > 0))
     found = shared if len(shared) else np.flatnonzero(fits_R)
     if len(found):
       row = int(found[0])
@@ -109,8 +124,10 @@ class _Columns:
   @classmethod
   def empty(cls, shape: tuple[int, int], share_prompts: bool) -> "_Columns":
     """Padding only."""
-    kinds = (np.int32, np.int32, np.int32, bool, np.float32, np.float32)
-    return cls(*(np.zeros(shape, kind) for kind in kinds), np.zeros(shape, np.int32) if share_prompts else None)
+    of = lambda kind: np.zeros(shape, kind)
+    return cls(
+        tokens=of(np.int32), segment=of(np.int32), position=of(np.int32), has_loss=of(bool), advantage=of(np.float32),
+        logp_sampler=of(np.float32), context=of(np.int32) if share_prompts else None)
 
   def write(
       self, row: int, prompts: Prompts, rollouts: Rollouts, advantage_BGJ: np.ndarray,

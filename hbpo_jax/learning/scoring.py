@@ -23,12 +23,14 @@ def chunked_logps(
     temperature: jax.Array | float,
     chunk: int,
     shards: int = 1,
+    wanted_RC: jax.Array | None = None,
 ) -> jax.Array:
   """Log-probability of each target, from the hidden state that predicts it.
 
       logp = z[target] - logsumexp(z),   z = hidden @ head.T / temperature
 
-  A scan over chunks of tokens; the backward pass computes a chunk's logits again instead of keeping them.
+  A loop over chunks of tokens; the backward pass computes a chunk's logits again instead of keeping them. Of the tokens
+  that are not wanted no logits are computed, but for those that fill up a shard's last chunk.
 
   Args:
     hidden_RCD: float [R, C, D]; matmul operands take its dtype, sums are float32.
@@ -38,21 +40,29 @@ def chunked_logps(
     chunk: tokens per chunk and shard; need not divide R * C.
     shards: devices over which the rows are split in contiguous blocks; divides R. Every chunk then holds tokens of
       all of them, and the head's gradient crosses devices once instead of once per chunk.
+    wanted_RC: bool [R, C]; None means all.
   Returns:
-    float32 [R, C].
+    float32 [R, C]; 0 where not wanted.
   """
   R, C = targets_RC.shape
   local = R // shards * C
   n_chunks = math.ceil(local / min(chunk, local))
   size = math.ceil(local / n_chunks)
+  by_shard = lambda x: x.reshape(shards, local, *x.shape[2:])
+  wanted = jnp.ones((shards, local), bool) if wanted_RC is None else by_shard(wanted_RC)
+  order = jnp.argsort(~wanted, axis=1, stable=True)  # the wanted ones first
+  n_used = (jnp.max(jnp.sum(wanted, axis=1, dtype=jnp.int32)) + size - 1) // size
 
   def cut(x):
-    x = x.reshape(shards, local, *x.shape[2:])
+    x = by_shard(x)
+    x = jnp.take_along_axis(x, order.reshape(shards, local, *(1,) * (x.ndim - 2)), axis=1)
     x = jnp.pad(x, ((0, 0), (0, n_chunks * size - local)) + ((0, 0),) * (x.ndim - 2))
     return x.reshape(shards, n_chunks, size, *x.shape[2:]).swapaxes(0, 1)
 
-  logp = _chunk_scan(cut(hidden_RCD), head_VD, cut(targets_RC), jnp.asarray(temperature, jnp.float32))
-  return logp.swapaxes(0, 1).reshape(shards, n_chunks * size)[:, :local].reshape(R, C)
+  logp = _chunk_loop(cut(hidden_RCD), head_VD, cut(targets_RC), jnp.asarray(temperature, jnp.float32), n_used)
+  logp = logp.swapaxes(0, 1).reshape(shards, n_chunks * size)[:, :local]
+  logp = jnp.take_along_axis(logp, jnp.argsort(order, axis=1), axis=1)
+  return jnp.where(wanted, logp, 0.0).reshape(R, C)
 
 
 def _logits(hidden: jax.Array, head: jax.Array, temperature: jax.Array) -> jax.Array:
@@ -71,53 +81,55 @@ def _gathered(head_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 @jax.custom_vjp
-def _chunk_scan(hidden, head, targets, temperature):
-  """logp [n, shards, chunk] of hidden [n, shards, chunk, D], head [V, D], targets [n, shards, chunk]."""
-  return _forward(hidden, head, targets, temperature)[0]
+def _chunk_loop(hidden, head, targets, temperature, n_used):
+  """logp [n, shards, chunk] of hidden [n, shards, chunk, D], head [V, D], targets [n, shards, chunk]; 0 from n_used on."""
+  return _forward(hidden, head, targets, temperature, n_used)[0]
 
 
-def _forward(hidden, head, targets, temperature):
+def _forward(hidden, head, targets, temperature, n_used):
   used = _gathered(head, hidden.dtype)
 
-  def body(_, x):
-    hidden, targets = x
-    logits = _logits(hidden, used, temperature)
+  def body(i, results):
+    logits = _logits(hidden[i], used, temperature)
     total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.sum(jnp.where(_one_hot(targets, logits.shape[-1]), logits, 0.0), axis=-1)
-    return None, (chosen - total, total)
+    chosen = jnp.sum(jnp.where(_one_hot(targets[i], logits.shape[-1]), logits, 0.0), axis=-1)
+    return tuple(x.at[i].set(new) for x, new in zip(results, (chosen - total, total)))
 
-  _, (logp, total) = jax.lax.scan(body, None, (hidden, targets))
-  return logp, (hidden, head, targets, temperature, total)
+  zeros = constrain(jnp.zeros(targets.shape, jnp.float32), "none", "batch", "none")
+  logp, total = jax.lax.fori_loop(0, n_used, body, (zeros, zeros))
+  return logp, (hidden, head, targets, temperature, n_used, total)
 
 
 def _backward(kept, cotangent):
-  hidden, head, targets, temperature, total = kept
+  hidden, head, targets, temperature, n_used, total = kept
   used = _gathered(head, hidden.dtype)
   # One head gradient per shard: summing over shards inside the loop would be an all-reduce per chunk.
   shards_VD = constrain(jnp.zeros((hidden.shape[1], *head.shape), jnp.float32), "batch", "vocab", "none")
 
-  def body(head_grad, x):
-    hidden, targets, total, cotangent = x
-    logits = _logits(hidden, used, temperature)
-    error = _one_hot(targets, logits.shape[-1]) - jnp.exp(logits - total[..., None])
-    error = (error * (cotangent / temperature)[..., None]).astype(hidden.dtype)
-    head_grad = head_grad + product("scv,scd->svd", error, hidden)
-    return constrain(head_grad, "batch", "vocab", "none"), product("scv,vd->scd", error, used).astype(hidden.dtype)
+  def body(i, gradients):
+    head_grad, hidden_grad = gradients
+    logits = _logits(hidden[i], used, temperature)
+    error = _one_hot(targets[i], logits.shape[-1]) - jnp.exp(logits - total[i][..., None])
+    error = (error * (cotangent[i] / temperature)[..., None]).astype(hidden.dtype)
+    head_grad = head_grad + product("scv,scd->svd", error, hidden[i])
+    hidden_grad = hidden_grad.at[i].set(product("scv,vd->scd", error, used).astype(hidden.dtype))
+    return constrain(head_grad, "batch", "vocab", "none"), hidden_grad
 
-  head_grad, hidden_grad = jax.lax.scan(body, shards_VD, (hidden, targets, total, cotangent))
+  hidden_zero = constrain(jnp.zeros_like(hidden), "none", "batch", "none", "none")
+  head_grad, hidden_grad = jax.lax.fori_loop(0, n_used, body, (shards_VD, hidden_zero))
   # Summed where the gradient will lie, each device its share, and not everywhere.
   total_VD = constrain(jnp.sum(head_grad, axis=0), "vocab", "width")
-  return hidden_grad, total_VD.astype(head.dtype), None, jnp.zeros_like(temperature)
+  return hidden_grad, total_VD.astype(head.dtype), None, jnp.zeros_like(temperature), None
 
 
-_chunk_scan.defvjp(_forward, _backward)
+_chunk_loop.defvjp(_forward, _backward)
 
 
 def batch_logps(
     params: Any, arch: Architecture, cfg: Config, batch: Batch, temperature: jax.Array | float, *, shards: int = 1,
     kernel: str = "xla",
 ) -> jax.Array:
-  """Log-probability of every real completion token under `params`, in one forward pass over all rows.
+  """Log-probability of every token that carries loss under `params`, in one forward pass over all rows.
 
   Completion slot c is token column P + c and is predicted by the hidden state of column P + c - 1.
 
@@ -130,7 +142,7 @@ def batch_logps(
     shards: as in `chunked_logps`.
     kernel: of the attention, as in `decoder.forward`.
   Returns:
-    float32 [R, C], 0 at padding.
+    float32 [R, C], 0 elsewhere.
   """
   C = batch.completion_mask_RC.shape[1]
   P = batch.tokens_RT.shape[1] - C
@@ -138,10 +150,9 @@ def batch_logps(
       params, arch, batch.tokens_RT, batch.segment_RT, batch.position_RT,
       compute_dtype=jnp.dtype(cfg.model.compute_dtype), remat=cfg.model.remat, kernel=kernel,
       context_RT=batch.context_RT)
-  logp_RC = chunked_logps(
+  return chunked_logps(
       hidden_RTD[:, P - 1:P + C - 1], decoder.head_matrix(params, arch), batch.tokens_RT[:, P:],
-      temperature=temperature, chunk=cfg.learner.logprob_chunk, shards=shards)
-  return jnp.where(batch.segment_RT[:, P:] != 0, logp_RC, 0.0)
+      temperature=temperature, chunk=cfg.learner.logprob_chunk, shards=shards, wanted_RC=batch.completion_mask_RC)
 
 
 def score(
@@ -155,7 +166,7 @@ def score(
     n_micro: int = 1,
     kernel: str = "xla",
 ) -> jax.Array:
-  """`batch_logps`, one micro-batch after the other; float32 [R, C], 0 at padding.
+  """`batch_logps`, one micro-batch after the other; float32 [R, C], 0 where no loss is.
 
   Args:
     n_micro: micro-batches, which bounds the memory and has no other effect.

@@ -17,12 +17,16 @@ from hbpo_jax.models.architecture import Architecture
 MASKED = -1e30
 
 
+# Queries that look at the same keys in XLA's causal attention: what lies behind a block's last column is left out.
+_CAUSAL_BLOCK, _MOST_CAUSAL_BLOCKS = 128, 4
+
+
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """einsum of two operands of one dtype, accumulated and returned in float32.
 
   float32 operands are multiplied in full precision, where a TPU would otherwise round them to bfloat16.
   """
-  if _on_cpu():  # XLA's CPU back end lacks some bfloat16 matmuls; products of two bfloat16 are exact in float32.
+  if on_cpu():  # XLA's CPU back end lacks some bfloat16 matmuls; products of two bfloat16 are exact in float32.
     a, b = rounded(a, a.dtype), rounded(b, b.dtype)
   full = a.dtype == jnp.float32
   precision = jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT
@@ -49,7 +53,7 @@ def _linear_backward(inputs, outputs, dtype, kept, cotangent):
   x, weight, like = kept
   error, lead = cotangent.astype(dtype), "uvw"[:x.ndim - len(inputs)]
   x_grad = product(f"{lead}{outputs},{outputs}{inputs}->{lead}{inputs}", error, weight.astype(dtype))
-  if _on_cpu() and math.prod(x.shape[len(lead):]) < math.prod(error.shape[len(lead):]):
+  if on_cpu() and math.prod(x.shape[len(lead):]) < math.prod(error.shape[len(lead):]):
     # One operand is transposed on the way into the matmul. Let it be the smaller one: the other is the product of a
     # long chain of elementwise operations, and as a part of that loop the transposition takes longer than the matmul.
     gradient = product(f"{lead}{inputs},{lead}{outputs}->{inputs}{outputs}", x, error)
@@ -71,7 +75,7 @@ def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
   """Whether the code being traced will run on CPU: the ambient mesh decides (it may be of absent devices)."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() == "cpu" if device is None else device.device_kind == "cpu"
@@ -139,13 +143,20 @@ def attend(
   K = key_RTKE.shape[2]
   dtype = query_RTHE.dtype
   grouped = query_RTHE.reshape(R, T, K, H // K, E)
-  score = product("rtkge,rske->rkgts", grouped, key_RTKE)
-  causal_TT = jnp.tril(jnp.ones((T, T), bool)) if mask_TT is None else jnp.asarray(mask_TT)
+  seen_TT = np.tri(T, dtype=bool) if mask_TT is None else np.asarray(mask_TT)
   same_RTT = kernels.same_segment(segment_RT, context_RT) & (segment_RT[:, None, :] != 0)
-  mask = (causal_TT & same_RTT)[:, None, None]
-  weight = jax.nn.softmax(jnp.where(mask, score * E**-0.5, MASKED), axis=-1)
-  out = product("rkgts,rske->rtkge", weight.astype(dtype), value_RTKE)
-  return out.reshape(R, T, H, E).astype(dtype)
+
+  def block(first: int, last: int) -> jax.Array:
+    """Columns first <= t < last, which need no keys beyond themselves if the mask is causal."""
+    end = last if mask_TT is None else T
+    mask = (seen_TT[first:last, :end] & same_RTT[:, first:last, :end])[:, None, None]
+    score = product("rtkge,rske->rkgts", grouped[:, first:last], key_RTKE[:, :end])
+    weight = jax.nn.softmax(jnp.where(mask, score * E**-0.5, MASKED), axis=-1)
+    return product("rkgts,rske->rtkge", weight.astype(dtype), value_RTKE[:, :end])
+
+  size = T if mask_TT is not None else max(_CAUSAL_BLOCK, -(-T // _MOST_CAUSAL_BLOCKS))
+  out = [block(first, min(first + size, T)) for first in range(0, T, size)]
+  return jnp.concatenate(out, axis=1).reshape(R, T, H, E).astype(dtype)
 
 
 def attend_decode(

@@ -29,6 +29,7 @@ from hbpo_jax.models.sharding import constrain
 
 REMAT = ("none", "dots", "full", "offload")
 _LAYER_INPUT, _PROJECTION = "layer_input", "projection"
+_MOST_UNROLLED = 8  # on CPU, where more layers take long to compile
 # What follows a weight's name in the names of its adapter's two factors.
 LORA_A, LORA_B = "_lora_a", "_lora_b"
 
@@ -95,7 +96,7 @@ class Layer(nnx.Module):
       out = attention.linear(x, w, inputs, outputs, dtype)
       if hasattr(self, name + LORA_A):
         low = attention.linear(x, getattr(self, name + LORA_A)[...], inputs, "r", dtype)
-        out += attention.linear(low, getattr(self, name + LORA_B)[...], "r", outputs, dtype)
+        out = out + attention.linear(low, getattr(self, name + LORA_B)[...], "r", outputs, dtype)
       return checkpoint_name(out, _PROJECTION)  # what remat "dots" keeps
     # As one plain matmul: of several contracted axes, XLA on CPU would transpose the weight at every use.
     lead = x.shape[:x.ndim - len(inputs)]
@@ -223,7 +224,11 @@ def run(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT], offload_src="device",
         offload_dst="pinned_host"))
   x = constrain(model.embed_tokens(tokens_RT, dtype), "batch", "none", "none")
-  if isinstance(layers, tuple):
+  if not keep_cache and not isinstance(layers, tuple) and attention.on_cpu() and arch.n_layers <= _MOST_UNROLLED:
+    # A loop keeps what its backward pass needs in stacks, which a CPU spends a tenth of an update on filling.
+    for i in range(arch.n_layers):
+      x, cache = body(x, jax.tree.map(lambda w, i=i: w[i], layers))
+  elif isinstance(layers, tuple):
     caches = []
     for weights in layers:
       x, cache = body(x, weights)

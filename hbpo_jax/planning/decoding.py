@@ -69,7 +69,7 @@ def micro_batches(job: Job, length_BN: np.ndarray) -> int:
     return job.n_minibatches * job.most_micro_batches
   used = 0
   for part_N in length_BN.reshape(job.n_minibatches, -1):
-    rows = packing.first_fit(part_N, job.n_columns)
+    rows = packing.first_fit(part_N[None], [0], job.n_columns)
     used += math.ceil(math.ceil(len(rows) / job.shards) / job.micro_rows)
   return used
 

@@ -64,7 +64,8 @@ def test_a_whole_run(tmp_path, monkeypatch):
   runs.make_inputs(tmp_path)
   monkeypatch.setattr(jax, "devices", lambda *a, devices=jax.devices()[:1]: devices)
   monkeypatch.setattr(jax, "device_count", lambda: 1)
-  settings = runs.settings(tmp_path, steps=3, lora__rank=4, optimizer__learning_rate=1e-2, loss__kl_coef=0.1)
+  settings = runs.settings(tmp_path, steps=3, lora__rank=4, optimizer__learning_rate=1e-2, loss__kl_coef=0.1,
+                           learner__minibatches=1)
   train.main(runs.make_config(settings | {"steps": 2}), str(tmp_path / "run"))
   train.main(runs.make_config(settings), str(tmp_path / "run"))
   train.main(runs.make_config(settings), str(tmp_path / "whole"))
@@ -72,7 +73,7 @@ def test_a_whole_run(tmp_path, monkeypatch):
   for name in expected:
     np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
   rows = runs.rows(tmp_path / "whole" / "metrics.jsonl")
-  assert rows[0]["update/kl_ref"] == pytest.approx(0, abs=1e-6) < rows[2]["update/kl_ref"]
+  assert rows[0]["update/kl_ref"] < 1e-4 < rows[2]["update/kl_ref"]
   assert all(row["sampler/sampler_gap_max"] < 1e-4 for row in rows)
 
   base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
