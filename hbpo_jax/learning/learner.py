@@ -301,8 +301,8 @@ class Learner:
         logp_sampler_RC if importance_cap is or logp_old_RC is not.
     Returns:
       (state, metrics), metrics on the device, float32 []: loss, policy_loss, kl_ref, clip_fraction_low, _high, _dual,
-      ratio_mean, ratio_max, approx_kl, importance_mean, grad_norm (before clipping), lr, tokens, nonfinite; and those of
-      `sampler_gap` where the update itself gave pi_old.
+      ratio_mean, ratio_max, approx_kl, importance_mean, grad_norm (before clipping), lr, tokens, nonfinite; and those
+      of `sampler_gap` where the update itself gave pi_old.
     Raises:
       ValueError: when an array that the settings need is None.
     """
