@@ -102,8 +102,8 @@ def load_params(cfg: Config, model: Model) -> dict:
     return weights.load(model.directory, model.arch, model.mesh, param_dtype=cfg.model.compute_dtype)
   run, step = model.trained.parent.parent, int(model.trained.name)
   saved = run_info.read_config(run)
-  lora_settings: dict[str, Any] = saved.get("lora", {})
-  adapters = LoraConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in lora_settings.items()})
+  of_adapters: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.get("lora", {}).items()}
+  adapters = LoraConfig(**of_adapters)
   # A run with adapters saves nothing else.
   learner = Learner(model.arch, dataclasses.replace(cfg, lora=adapters, model=dataclasses.replace(
       cfg.model, param_dtype=saved["model"]["param_dtype"])), model.mesh)

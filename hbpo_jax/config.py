@@ -166,8 +166,8 @@ class LearnerConfig:
   pack: bool = setting(
       True, "Whether several responses share a row, so that padding is not computed. No effect on the result.")
   row_tokens: int = setting(
-      0, "Tokens of a packed row; 0 means the longest prompt and response, and a second response where these are at most "
-      "512. No effect on the result.")
+      0, "Tokens of a packed row; 0 means the longest prompt and response, and where these are at most 512, a second "
+      "response. No effect on the result.")
   microbatch_rows: int = setting(
       0, "Rows per forward-backward; 0 means a sixteenth of a minibatch's packed rows, or all of its unpacked ones. "
       "No effect on the result.")

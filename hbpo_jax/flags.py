@@ -37,7 +37,7 @@ class CommandLine:
 
 
 def run(main: Callable[[config.Config, str], Any], *, name: str, description: str,
-        argv: Sequence[str] | None = None) -> None:
+        argv: Sequence[str] | None = None, needs_workdir: bool = True) -> None:
   """Runs `main(cfg, workdir)` with the settings of the command line.
 
   A ValueError that this package raises on purpose and a missing or unreadable file end the program with one line on
@@ -48,6 +48,7 @@ def run(main: Callable[[config.Config, str], Any], *, name: str, description: st
     name: how the command is called, such as "python -m hbpo_jax.train".
     description: what it does; the text of --help.
     argv: arguments after the program name; None means those of the process.
+    needs_workdir: whether a command line without --workdir is refused; else `main` gets ''.
   Raises:
     SystemExit: 0 after --help, 2 after an error of the user's.
   """
@@ -56,7 +57,7 @@ def run(main: Callable[[config.Config, str], Any], *, name: str, description: st
     print(usage(name, description))
     sys.exit(0)
   try:
-    line = parse(arguments, name=name)
+    line = parse(arguments, name=name, needs_workdir=needs_workdir)
     main(line.cfg, line.workdir)
   except (ValueError, *_FILE_ERRORS) as error:
     if not is_meant_for_user(error):
@@ -67,7 +68,7 @@ def run(main: Callable[[config.Config, str], Any], *, name: str, description: st
     sys.exit(2)
 
 
-def parse(argv: Sequence[str], *, name: str = "hbpo_jax") -> CommandLine:
+def parse(argv: Sequence[str], *, name: str = "hbpo_jax", needs_workdir: bool = True) -> CommandLine:
   """The settings and the working directory that a command line asks for.
 
   Raises:
@@ -90,11 +91,12 @@ def parse(argv: Sequence[str], *, name: str = "hbpo_jax") -> CommandLine:
     raise ValueError(f"argument {positional[0]!r} is not understood; settings are given as --config.field=value.")
   if source is None and not (values.gin_file or values.gin_param):
     raise ValueError(f"--config is missing; give a file or one of: {', '.join(config_names())}.")
-  if not values.workdir:
+  if needs_workdir and not values.workdir:
     raise ValueError("--workdir is missing; give the directory that the run writes to.")
   from_gin = gin_front.read(values.gin_file, values.gin_param) if values.gin_file or values.gin_param else {}
   overrides = from_gin | config_flags.get_override_values(values["config"]) | cleared
-  return CommandLine(cfg=build(base, overrides), workdir=str(pathlib.Path(values.workdir).expanduser()))
+  workdir = str(pathlib.Path(values.workdir).expanduser()) if values.workdir else ""
+  return CommandLine(cfg=build(base, overrides), workdir=workdir)
 
 
 def build(base: config_dict.ConfigDict, overrides: dict[str, Any]) -> config.Config:

@@ -1,13 +1,13 @@
 """Does the run fit on a TPU, how long would a step take, and what would the run cost? Asked without a TPU.
 
-  python -m hbpo_jax.plan --config=r1_distill_qwen_1p5b --topology=v5e:4x4 --workdir=runs/plan
+  python -m hbpo_jax.plan --config=r1_distill_qwen_1p5b --topology=v5e:4x4
 
 Compiles publish, prefill, decode, scoring and update for the topology's chips with libtpu, for the configuration's
 model, mesh, batch and lengths, without weights and without device time; where libtpu is missing it estimates instead.
 Prints what lies in a device's memory, what each phase of a step costs at least and probably, and, where it does not
-fit, which setting saves how much. Writes WORKDIR/plan.json and WORKDIR/plan.md. With --sweep it tries splits of the
-mesh, micro-batches and slots, and compiles the best few. Exit code 0 if it fits, 1 if not, 2 if the settings cannot be
-planned.
+fit, which setting saves how much. With --workdir it also writes WORKDIR/plan.json and WORKDIR/plan.md; with --json the
+contents of plan.json are all that standard output gets. With --sweep it tries splits of the mesh, micro-batches,
+slots and model.remat, and compiles the best few. Exit code 0 if it fits, 1 if not, 2 if the settings cannot be planned.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ import json
 import math
 import pathlib
 import sys
+from typing import Any
 
 import jax
 
@@ -32,10 +33,12 @@ _OPTIONS = ("topology", "mean_tokens", "mean_prompt_tokens", "jobs")
 _HELP = """Say whether a run fits on a TPU topology, how long a step takes and what the run costs, without a TPU.
 
   --topology=NAME          chips to plan for, such as v5e:4x4, v6e:2x4, v5p:2x2x2
-  --sweep                  try splits of the mesh, micro-batches and slots, and rank them
+  --sweep                  try splits of the mesh, micro-batches, slots and model.remat, and rank them
+  --json                   write one JSON object to standard output, everything else to standard error
   --mean_tokens=N          assumed mean length of a response; default: each budget's own
   --mean_prompt_tokens=N   assumed mean length of a prompt; default: a quarter of data.max_prompt_tokens
-  --jobs=N                 programs compiled at a time; default: 1"""
+  --jobs=N                 programs compiled at a time; default: 1
+  --workdir=DIR            may be left out: then nothing is written to files"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Options:
   mean_prompt_tokens: str = ""
   jobs: str = "1"
   sweep: bool = False
+  json: bool = False
 
 
 def split_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
@@ -55,8 +59,8 @@ def split_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
   while todo:
     argument = todo.pop(0)
     name, equals, text = argument.lstrip("-").partition("=")
-    if argument.startswith("-") and name == "sweep":
-      found["sweep"] = text.lower() not in ("false", "0")
+    if argument.startswith("-") and name in ("sweep", "json"):
+      found[name] = text.lower() not in ("false", "0")
     elif argument.startswith("-") and name in _OPTIONS:
       found[name] = text if equals or not todo or todo[0].startswith("-") else todo.pop(0)
     else:
@@ -91,7 +95,7 @@ def _positive(name: str, text: str) -> float:
 
 
 def main(cfg: Config, workdir: str, options: Options = Options()) -> None:
-  """Plans, prints, and writes WORKDIR/plan.json and WORKDIR/plan.md.
+  """Plans, prints, and writes WORKDIR/plan.json and WORKDIR/plan.md, where a workdir is given.
 
   Raises:
     SystemExit: 1 when it does not fit.
@@ -105,7 +109,7 @@ def main(cfg: Config, workdir: str, options: Options = Options()) -> None:
   arch, where, directory = job.find_architecture(cfg)
   n_prefix, how = job.find_prefix(cfg, arch, directory)
   planned = job.make_job(cfg, arch, topology, n_prefix)
-  with Console(dataclasses.replace(cfg.log, live=False), 1) as console:
+  with Console(dataclasses.replace(cfg.log, live=False), 1, file=sys.stderr if options.json else None) as console:
     can_compile = compile_lib.available()
     if not can_compile:
       console.message(f"libtpu, TPU's compiler, is not installed; to compile, run {compile_lib.INSTALL}\n")
@@ -119,7 +123,9 @@ def main(cfg: Config, workdir: str, options: Options = Options()) -> None:
         made = estimate.estimate(planned, lengths, compile_lib.compile_all(
             planned, programs.turns(planned, made.decoding), n_processes=n_processes,
             progress=functools.partial(_progress, console)))
-    _write(made, ranked, where, how, pathlib.Path(workdir), console)
+    content = _write(made, ranked, where, how, workdir, console)
+  if options.json:
+    print(json.dumps(content))
   if not made.fits:
     sys.exit(1)
 
@@ -143,7 +149,9 @@ def _progress(console: Console, compiled: compile_lib.Compiled, prefix: str = ""
   console.message(f"{prefix}{compiled.name}: {said} after {compiled.seconds:.0f} s")
 
 
-def _write(made: Estimate, ranked: list[Estimate], where: str, how: str, root: pathlib.Path, console: Console) -> None:
+def _write(
+    made: Estimate, ranked: list[Estimate], where: str, how: str, workdir: str, console: Console) -> dict[str, Any]:
+  """Prints the plan, and writes it where there is a workdir; returns the contents of plan.json."""
   tables = [
       show.memory_table(made), show.programs_table(made), show.phases_table(made), show.kinds_table(made),
       show.collectives_table(made)]
@@ -166,13 +174,20 @@ def _write(made: Estimate, ranked: list[Estimate], where: str, how: str, root: p
       "knobs": [dataclasses.asdict(k) for k in knobs],
       "sweep": [{
           "mesh": dict(e.job.mesh.shape), "microbatch_rows": e.job.cfg.learner.microbatch_rows,
-          "slots": e.job.cfg.rollout.slots, "fits": e.fits, "compiled": bool(e.compiled), "step_s": e.step_s,
+          "remat": e.job.cfg.model.remat, "slots": e.job.cfg.rollout.slots, "fits": e.fits,
+          "compiled": bool(e.compiled), "step_s": e.step_s,
           "peak_bytes": e.phase_peaks} for e in ranked]}
-  atomic_write_text(root / "plan.json", json.dumps(json_value(content), indent=2) + "\n")
-  atomic_write_text(root / "plan.md", show.markdown([*header, *verdict, *assumed], tables))
-  console.message(f"see {root / 'plan.md'}")
+  content = json_value(content)
+  if workdir:
+    root = pathlib.Path(workdir)
+    atomic_write_text(root / "plan.json", json.dumps(content, indent=2) + "\n")
+    atomic_write_text(root / "plan.md", show.markdown([*header, *verdict, *assumed], tables))
+    console.message(f"see {root / 'plan.md'}")
+  return content
 
 
 if __name__ == "__main__":
   own, others = split_options(sys.argv[1:])
-  flags.run(functools.partial(main, options=own), name="python -m hbpo_jax.plan", description=_HELP, argv=others)
+  flags.run(
+      functools.partial(main, options=own), name="python -m hbpo_jax.plan", description=_HELP, argv=others,
+      needs_workdir=False)

@@ -16,12 +16,14 @@ ENVIRONMENT = {
     "PYTHONPATH": str(REPO_ROOT),
 }
 
-marks = [
-    pytest.mark.slow,
+# Of tests that take seconds; `make test` runs them where libtpu is.
+quick = [
+    pytest.mark.tpu_aot,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None,
-        reason="needs libtpu, TPU's compiler; tests/models/test_kernels_tpu.py says how to install it"),
+        reason="needs libtpu, TPU's compiler: pip install -e '.[tpu-aot]'"),
 ]
+marks = [pytest.mark.slow, *quick]
 
 
 def reports(script: str, timeout: int) -> list[dict]:

@@ -40,13 +40,15 @@ def linear(x: jax.Array, weight: jax.Array, inputs: str, outputs: str, dtype: An
   Forward and backward, operands are rounded to `dtype` and products summed in float32: the weight's gradient is not
   rounded again, and no matmul has a float32 operand beside a bfloat16 one, which a GPU would run in float32.
   """
-  return product(f"...{inputs},{outputs}{inputs}->...{outputs}", x.astype(dtype), weight.astype(dtype))
+  return _linear_forward(x, weight, inputs, outputs, dtype)[0]
 
 
 def _linear_forward(x, weight, inputs, outputs, dtype):
   rounded_x = x.astype(dtype)
+  # A plain product, not `linear` again: a checkpoint's policy that keeps the outputs of matmuls must see one.
+  out = product(f"...{inputs},{outputs}{inputs}->...{outputs}", rounded_x, weight.astype(dtype))
   # An empty array carries x's own dtype.
-  return linear(rounded_x, weight, inputs, outputs, dtype), (rounded_x, weight, jnp.zeros((0,), x.dtype))
+  return out, (rounded_x, weight, jnp.zeros((0,), x.dtype))
 
 
 def _linear_backward(inputs, outputs, dtype, kept, cotangent):

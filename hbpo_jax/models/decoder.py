@@ -96,7 +96,7 @@ class Layer(nnx.Module):
       out = attention.linear(x, w, inputs, outputs, dtype)
       if hasattr(self, name + LORA_A):
         low = attention.linear(x, getattr(self, name + LORA_A)[...], inputs, "r", dtype)
-        out = out + attention.linear(low, getattr(self, name + LORA_B)[...], "r", outputs, dtype)
+        out = jnp.add(out, attention.linear(low, getattr(self, name + LORA_B)[...], "r", outputs, dtype))
       return checkpoint_name(out, _PROJECTION)  # what remat "dots" keeps
     # As one plain matmul: of several contracted axes, XLA on CPU would transpose the weight at every use.
     lead = x.shape[:x.ndim - len(inputs)]

@@ -108,7 +108,7 @@ def _seen_somewhere(mask_TT: np.ndarray) -> np.ndarray:
   return mask_TT | (np.eye(mask_TT.shape[0], dtype=bool) & ~mask_TT.any(axis=1, keepdims=True))
 
 
-def _splash_block(T: int) -> int:
+def splash_block(T: int) -> int:
   """The largest block whose padding of T is within an eighth of the least."""
   least = -(-T // LANES) * LANES
   return next(b for b in SPLASH_BLOCKS if -(-T // b) * b <= least * 9 // 8)
@@ -130,7 +130,7 @@ def attend_splash(
   """
   R, T, _, E = query_RTHE.shape
   K = key_RTKE.shape[2]
-  block = _splash_block(T)
+  block = splash_block(T)
   n_pad = -T % block
   dtype = query_RTHE.dtype
   if mask is None:

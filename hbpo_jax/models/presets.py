@@ -48,6 +48,14 @@ PRESETS: dict[str, Architecture] = {
     "qwen2p5_1p5b": _qwen2(**_QWEN_1P5B, tie_embeddings=True, max_context=32768),
     # Qwen/Qwen2.5-Math-1.5B-Instruct
     "qwen2p5_math_1p5b": _qwen2(**_QWEN_1P5B, rope_theta=1e4, tie_embeddings=True, max_context=4096),
+    # Qwen/Qwen2.5-7B-Instruct
+    "qwen2p5_7b": _qwen2(
+        n_layers=28, hidden_size=3584, mlp_size=18944, n_heads=28, n_kv_heads=4, head_size=128, vocab_size=152064,
+        tie_embeddings=False, max_context=32768),
+    # Qwen/Qwen2.5-14B-Instruct
+    "qwen2p5_14b": _qwen2(
+        n_layers=48, hidden_size=5120, mlp_size=13824, n_heads=40, n_kv_heads=8, head_size=128, vocab_size=152064,
+        tie_embeddings=False, max_context=32768),
     # Qwen/Qwen3-0.6B
     "qwen3_0p6b": _qwen3(n_layers=28, hidden_size=1024, mlp_size=3072, n_heads=16),
     # Qwen/Qwen3-1.7B
@@ -61,6 +69,22 @@ PRESETS: dict[str, Architecture] = {
     "tiny_qwen2": _qwen2(**_TINY, head_size=16, tie_embeddings=False),
     "tiny_qwen3": _qwen3(**_TINY, head_size=32),
     "tiny_llama": _llama(**_TINY, head_size=16),
+}
+
+# The preset of a checkpoint by its name on the hub.
+CHECKPOINTS = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "r1_distill_qwen_1p5b",
+    "agentica-org/DeepScaleR-1.5B-Preview": "deepscaler_1p5b",
+    "Qwen/Qwen2.5-0.5B-Instruct": "qwen2p5_0p5b",
+    "Qwen/Qwen2.5-1.5B-Instruct": "qwen2p5_1p5b",
+    "Qwen/Qwen2.5-Math-1.5B-Instruct": "qwen2p5_math_1p5b",
+    "Qwen/Qwen2.5-7B-Instruct": "qwen2p5_7b",
+    "Qwen/Qwen2.5-14B-Instruct": "qwen2p5_14b",
+    "Qwen/Qwen3-0.6B": "qwen3_0p6b",
+    "Qwen/Qwen3-1.7B": "qwen3_1p7b",
+    "Qwen/Qwen3-4B": "qwen3_4b",
+    "meta-llama/Llama-3.2-1B-Instruct": "llama3p2_1b",
+    "meta-llama/Llama-3.2-3B-Instruct": "llama3p2_3b",
 }
 
 

@@ -112,9 +112,12 @@ def _settings(job: Job) -> Iterator[tuple[str, str, dict[str, Any]]]:
   if job.micro_rows > 1:
     change, fields = flag("learner.microbatch_rows", job.micro_rows // 2 * shards)
     yield change, "no effect on the result", fields
-  if cfg.model.remat != "full":
+  if cfg.model.remat in ("dots", "none"):
     change, fields = flag("model.remat", "full")
     yield change, "a forward pass more per update", fields
+  if cfg.model.remat != "offload":
+    change, fields = flag("model.remat", "offload")
+    yield change, "every layer's input goes to the host and back, which the times leave out", fields
   slots = job.plan.row_buckets[0]
   if slots // 2 >= shards:
     change, fields = flag("rollout.slots", slots // 2)

@@ -34,7 +34,7 @@ from hbpo_jax.planning.job import Job, make_job
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-INSTALL = 'python -m pip install "hbpo_jax[tpu]"'
+INSTALL = 'python -m pip install "hbpo_jax[tpu-aot]"'
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -47,6 +47,7 @@ class Compiled:
   needed: at least what it asks for besides its arguments, where it does not fit a device by itself; 0 where it does.
   error: the message of another failure; '' without one.
   collectives: of its optimized text, empty where it did not compile.
+  kernels: names of its Pallas kernels.
   warnings: of the partitioner, such as an involuntary full rematerialisation.
   """
   name: str
@@ -59,6 +60,7 @@ class Compiled:
   needed: int = 0
   error: str = ""
   collectives: tuple[Collective, ...] = ()
+  kernels: tuple[str, ...] = ()
   warnings: tuple[str, ...] = ()
 
   @property
@@ -142,7 +144,7 @@ def _in_process(spec: pathlib.Path, name: str) -> Compiled:
     return Compiled(name, seconds, error=f"the compiler's process ended with {done.returncode}: {last[0][:400]}")
   row = json.loads(lines[-1])
   row["collectives"] = tuple(Collective(**c) for c in row["collectives"])
-  return Compiled(**(row | {"seconds": seconds, "warnings": warnings}))
+  return Compiled(**(row | {"seconds": seconds, "warnings": warnings, "kernels": tuple(row["kernels"])}))
 
 
 def _to_json(job: Job) -> dict[str, Any]:
@@ -191,10 +193,12 @@ def report(job: Job, name: str, turns: int = 1) -> Compiled:
     needed = parse_out_of_memory(str(error), memory.arguments(job, name))
     return Compiled(name, needed=needed) if needed else Compiled(name, error=str(error)[:400])
   m = compiled.memory_analysis()
-  found = hlo.collectives(compiled.as_text(), turns_if_unknown=turns)
+  text = compiled.as_text()
+  found = hlo.collectives(text, turns_if_unknown=turns)
   return Compiled(
       name, argument=m.argument_size_in_bytes, output=m.output_size_in_bytes, alias=m.alias_size_in_bytes,
-      temporary=m.temp_size_in_bytes, code=m.generated_code_size_in_bytes, collectives=tuple(found))
+      temporary=m.temp_size_in_bytes, code=m.generated_code_size_in_bytes, collectives=tuple(found),
+      kernels=hlo.kernels(text))
 
 
 def main(spec: str, name: str) -> None:

@@ -19,17 +19,17 @@ from hbpo_jax.planning.job import Job
 
 # Memory traffic that no count from shapes can give; see `ASSUMED`.
 SCORE_BYTES = (16, 24)  # per entry of XLA's [T, T] attention scores: forward, backward
+SPLASH_ARRAYS = 2  # that the kernel reads once for every block of the other side: keys and values, or their like
 ACTIVATION_PASSES = (1, 2)  # float32 activations of a layer written and read once: forward, backward
 LOGIT_PASSES = (3, 4)  # float32 logits of a chunk: forward, backward with the gradients
 SAMPLING_PASSES = 4  # float32 logits of a decoding step
-OPTIMIZER_BYTES = 28  # per parameter: read weight, two moments and gradient, write the first three, float32
 ACCUMULATE_BYTES = 12  # per parameter and micro-batch: read the gradient, read and write the sum, float32
 
 ASSUMED = (
     f"memory traffic: weights once per pass; in scoring and updates {SCORE_BYTES[0]} bytes per attention score forward "
-    f"and {SCORE_BYTES[1]} backward where attention is XLA's, activations {ACTIVATION_PASSES[0]} and "
-    f"{ACTIVATION_PASSES[1]} times, a chunk's logits {LOGIT_PASSES[0]} and {LOGIT_PASSES[1]} times; in decoding the "
-    f"logits {SAMPLING_PASSES} times")
+    f"and {SCORE_BYTES[1]} backward in XLA's attention, {SPLASH_ARRAYS} arrays per block of scores in its kernel, "
+    f"activations {ACTIVATION_PASSES[0]} and {ACTIVATION_PASSES[1]} times, a chunk's logits {LOGIT_PASSES[0]} and "
+    f"{LOGIT_PASSES[1]} times; in decoding the logits {SAMPLING_PASSES} times")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +64,12 @@ def head_flops(arch: Architecture, n_tokens: float) -> float:
 
 
 def step(job: Job, decoding: Decoding) -> dict[str, Cost]:
-  """The cost of each phase of a step: publish, prefill, decode, score, reference (with a KL term) and update."""
-  phases = {
-      "publish": publish(job), "prefill": prefill(job), "decode": decode(job, decoding),
-      "score": learn(job, decoding.n_micro, backward=False)}
-  if job.cfg.loss.kl_coef:
-    phases["reference"] = phases["score"]
-  return phases | {"update": learn(job, decoding.n_micro, backward=True)}
+  """The cost of each program in a step, in the order of `job.programs`."""
+  scoring = learn(job, decoding.n_micro, backward=False)
+  costs = {
+      "publish": publish(job), "prefill": prefill(job), "decode": decode(job, decoding), "score": scoring,
+      "reference": scoring, "update": learn(job, decoding.n_micro, backward=True)}
+  return {name: costs[name] for name in job.programs}
 
 
 def publish(job: Job) -> Cost:
@@ -128,28 +127,35 @@ def decode(job: Job, decoding: Decoding) -> Cost:
 def learn(job: Job, n_micro: int, *, backward: bool) -> Cost:
   """Scoring of n_micro micro-batches, or the step's updates from them; their padding is computed like anything else."""
   cfg, arch, T = job.cfg, job.arch, job.n_columns
-  tokens, targets = n_micro * job.micro_rows * T, n_micro * job.micro_rows * job.n_targets
-  scores = tokens * T  # XLA's attention computes what the mask hides, too.
+  rows, is_splash, remat = n_micro * job.micro_rows, job.learner.kernel == "splash", cfg.model.remat
+  tokens, targets = rows * T, rows * job.n_targets
+  # XLA's attention computes what the mask hides, too; the kernel leaves out what lies above the diagonal's blocks.
+  scores = rows * (_scores_in_blocks(np.tri(T, dtype=bool)) if is_splash else T * T)
   forward = layers_flops(arch, tokens, scores)
   attention = layers_flops(arch, 0, scores)
   flops = forward + head_flops(arch, targets)
   passes, weight_passes = 1, 1
+  is_whole = remat in ("full", "offload")  # Whether the whole layer is computed again.
   if backward:
     # Of a layer that is computed again, nobody reads the MLP's output.
     down = 2.0 * arch.n_layers * arch.mlp_size * arch.hidden_size * tokens
-    again = {"none": 0.0, "dots": attention, "full": forward - down}[cfg.model.remat]
-    flops += 2 * forward + again + 3 * head_flops(arch, targets)
-    passes, weight_passes = 3 + (cfg.model.remat != "none"), 2
+    again = forward - down if is_whole else attention if remat == "dots" else 0.0
+    # Two products forward, four backward; the kernel's two passes backward have seven.
+    flops += 2 * forward + attention * 1.5 * is_splash + again + 3 * head_flops(arch, targets)
+    passes, weight_passes = 3 + (remat != "none"), 2
   traffic = n_micro * weight_passes * 2 * _compute_bytes(job)
   entries = arch.n_layers * arch.n_heads / job.tensor * scores
-  traffic += entries * (SCORE_BYTES[0] + backward * (SCORE_BYTES[1] + (cfg.model.remat != "none") * SCORE_BYTES[0]))
+  per_score = (SPLASH_ARRAYS * arch.head_size * 2 / kernels.splash_block(T),) * 2 if is_splash else SCORE_BYTES
+  traffic += entries * (per_score[0] * (1 + backward * (remat != "none")) + backward * (1 + is_splash) * per_score[1])
   traffic += tokens * _activation_bytes(job) * (
-      ACTIVATION_PASSES[0] + backward * (ACTIVATION_PASSES[1] + (cfg.model.remat == "full") * ACTIVATION_PASSES[0]))
+      ACTIVATION_PASSES[0] + backward * (ACTIVATION_PASSES[1] + is_whole * ACTIVATION_PASSES[0]))
   traffic += targets * arch.vocab_size / job.tensor * 4 * (LOGIT_PASSES[0] + backward * LOGIT_PASSES[1])
   moved = n_micro * weight_passes * _gather_bytes(job) + _tensor_bytes(job, tokens, passes=passes)
   if backward:
     own = memory.of(job.state.params) / jnp.dtype(cfg.model.param_dtype).itemsize
-    traffic += own * (OPTIMIZER_BYTES * job.n_minibatches + ACCUMULATE_BYTES * n_micro)
+    # The optimizer reads and writes weights and moments, and reads the gradient.
+    optimizer = 2 * (memory.of(job.state.params) + memory.of(job.state.opt_state)) + 4 * own
+    traffic += optimizer * job.n_minibatches + own * ACCUMULATE_BYTES * n_micro
     moved += n_micro * _reduce_bytes(job)
   return Cost(flops / job.tensor, traffic, moved)
 
@@ -163,7 +169,7 @@ def cache_token_bytes(job: Job) -> float:
 
 def _scores_in_blocks(mask_TT: np.ndarray) -> int:
   """Scores in the blocks that the splash kernel does not skip."""
-  block = kernels.SPLASH_BLOCKS[-1]
+  block = kernels.splash_block(mask_TT.shape[0])
   n = -(-mask_TT.shape[0] // block)
   mask = np.pad(mask_TT, (0, n * block - mask_TT.shape[0])).reshape(n, block, n, block)
   return int(mask.any(axis=(1, 3)).sum()) * block * block

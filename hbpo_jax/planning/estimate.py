@@ -100,20 +100,32 @@ class Estimate:
     return self.job.topology.n_chips * self.job.cfg.steps * step_s / 3600
 
   def to_json(self) -> dict[str, Any]:
-    """The contents of plan.json."""
-    job, compiled = self.job, self.compiled
+    """The contents of plan.json; FLOPs, bytes and seconds are of one device."""
+    job = self.job
     return {
         "topology": str(job.topology), "devices": job.topology.n_devices, "mesh": dict(job.mesh.shape),
         "architecture": dataclasses.asdict(job.arch), "n_prefix": job.n_prefix, "fits": self.fits,
-        "hbm_bytes": job.topology.hbm_bytes, "resident_bytes": dataclasses.asdict(self.resident),
-        "beyond_arguments_bytes": dict(self.beyond), "total_bytes": self.totals, "peak_bytes": self.phase_peaks,
+        "hbm_bytes": job.topology.hbm_bytes, "resident_bytes": self.resident.params + self.resident.optimizer,
+        "arrays_bytes": dataclasses.asdict(self.resident),
+        "peak_bytes": self.phase_peaks, "programs": [self._program(name) for name in self.beyond],
         "decoding": dataclasses.asdict(self.decoding), "efficiency": EFFICIENCY, "segment_s": SEGMENT_S,
-        "phases": {name: dataclasses.asdict(cost) | {
-            "bounds_s": self.bounds(name), "bound_s": self.bound_s(name), "predicted_s": self.predicted_s(name)}
-            for name, cost in self.costs.items()},
         "step_bound_s": self.step_bound_s, "step_s": self.step_s, "steps": job.cfg.steps,
-        "tpu_hours_bound": self.tpu_hours(self.step_bound_s), "tpu_hours": self.tpu_hours(self.step_s),
-        "compiled": {name: dataclasses.asdict(c) for name, c in compiled.items()}}
+        "tpu_hours_bound": self.tpu_hours(self.step_bound_s), "tpu_hours": self.tpu_hours(self.step_s)}
+
+  def _program(self, name: str) -> dict[str, Any]:
+    """An entry of `programs`: memory of the largest of its kind, the work of a step, collectives of one execution."""
+    cost, compiled = self.costs[name], self.compiled.get(name)
+    kinds: dict[str, dict[str, int]] = {}
+    for c in compiled.collectives if compiled else ():
+      kind = kinds.setdefault(c.kind, {"times": 0, "bytes": 0})
+      kind["times"] += c.times
+      kind["bytes"] += c.total_bytes
+    return {
+        "name": name, "peak_bytes": self.totals[name], "resident_bytes": self.resident.beside(name),
+        "temporary_bytes": self.beyond[name], "flops": cost.flops, "bytes": cost.hbm_bytes,
+        "network_bytes": cost.network_bytes, "bounds_s": self.bounds(name), "bound_s": self.bound_s(name),
+        "predicted_s": self.predicted_s(name), "collectives": kinds,
+        "compiled": dataclasses.asdict(compiled) if compiled else None}
 
 
 def estimate(job: Job, lengths: Lengths, compiled: Mapping[str, Compiled] | None = None) -> Estimate:

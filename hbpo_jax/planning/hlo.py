@@ -97,6 +97,13 @@ def collectives(text: str, *, turns_if_unknown: int = 1) -> list[Collective]:
   return list(found.values())
 
 
+def kernels(text: str) -> tuple[str, ...]:
+  """The names of a compiled program's own kernels for TPU, each once, in alphabetical order."""
+  target = r'^\s+(?:ROOT )?%?([\w\-]+)[\w.\-]* = .* custom-call\(.*custom_call_target="tpu_custom_call"'
+  found = re.findall(target, text, re.MULTILINE)
+  return tuple(sorted(set(found)))
+
+
 def _parse(text: str) -> dict[str, dict[str, _Op]]:
   """{computation: {operation name: operation}}; the entry is also under ''."""
   computations: dict[str, dict[str, _Op]] = {}
@@ -107,7 +114,7 @@ def _parse(text: str) -> dict[str, dict[str, _Op]]:
         current = computations.setdefault(head[2], {})
         if head[1]:
           computations[""] = current
-    elif line.startswith("}"):
+    elif line.rstrip() == "}":  # A kernel's attributes may hold lines that begin with one.
       current = None
     elif op := _OP.match(re.sub(r"/\*.*?\*/", "", line)):
       current[op[2]] = _Op(op[2], op[3], op[4], op[5], bool(op[1]))

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 import numpy as np
 
-from hbpo_jax import validation
+from hbpo_jax import config, validation
 from hbpo_jax.config import Config
-from hbpo_jax.learning import scoring
+from hbpo_jax.learning import packing, scoring
 from hbpo_jax.learning.learner import Learner
 from hbpo_jax.models import architecture, presets, sharding, slots
 from hbpo_jax.models.architecture import Architecture
@@ -58,6 +58,14 @@ class Job:
     return self.cfg.learner.minibatches
 
   @property
+  def programs(self) -> tuple[str, ...]:
+    """The programs that matter, in the order in which a step runs them."""
+    own = self.n_minibatches == 1  # The only update's own forward pass gives pi_old.
+    return (
+        "publish", "prefill", "decode", *([] if own else ["score"]), *(["reference"] if self.cfg.loss.kl_coef else []),
+        "update")
+
+  @property
   def minibatch_rows(self) -> int:
     """Rows of an update, over all devices, empty ones included: as many as responses, packed or not."""
     rows, micro = self.shape.n_responses // self.n_minibatches, self.learner.micro_rows
@@ -66,7 +74,10 @@ class Job:
   @property
   def n_columns(self) -> int:
     """T, token columns of a row in scoring and updates."""
-    return self.shape.n_prompt_slots + max(self.shape.widths)
+    P, C, learner = self.shape.n_prompt_slots, max(self.shape.widths), self.cfg.learner
+    if not learner.pack:
+      return P + C
+    return learner.row_tokens or packing.row_width(P, C, self.learner.kernel != "splash")
 
   @property
   def n_targets(self) -> int:
@@ -87,7 +98,7 @@ class Job:
   @functools.cached_property
   def learner(self) -> Learner:
     """The trainer, of which nothing is compiled here."""
-    return Learner(self.arch, self.cfg, self.mesh, platform="tpu")
+    return Learner(self.arch, self.cfg, self.mesh, platform=None if isinstance(self.mesh, Mesh) else "tpu")
 
   @functools.cached_property
   def state(self) -> TrainState:
@@ -153,6 +164,9 @@ def make_job(cfg: Config, arch: Architecture, topology: Topology, n_prefix: tupl
     ValueError: when the settings do not fit the devices, the network or each other.
   """
   validation.validate(cfg, n_devices=topology.n_devices, arch=arch, prefix_tokens=max(n_prefix))
+  for field in ("lora.rank", "mesh.rollout_tensor", "mesh.rollout_devices"):
+    if value := config.get(cfg, field):
+      raise ValueError(f"config.{field}={value} cannot be planned; set it to 0, which needs at least as much memory.")
   if mesh is None:
     m = cfg.mesh
     fsdp = topology.n_devices // (m.data * m.tensor) if m.fsdp == -1 else m.fsdp
@@ -172,7 +186,7 @@ def find_architecture(cfg: Config) -> tuple[Architecture, str, pathlib.Path | No
   """(the network, where it was read, the checkpoint's directory or None), without fetching anything.
 
   Raises:
-    ValueError: when neither model.path's config.json is at hand nor model.preset is set, or they differ.
+    ValueError: when model.path's config.json is not at hand and there is no preset of it either, or they differ.
   """
   directory = _local_directory(cfg.model.path, cfg.model.revision)
   if directory is not None:
@@ -180,8 +194,8 @@ def find_architecture(cfg: Config) -> tuple[Architecture, str, pathlib.Path | No
     if cfg.model.preset:
       presets.check_preset(cfg.model.preset, arch)
     return arch, f"{directory / 'config.json'}", directory
-  if cfg.model.preset:
-    return presets.preset(cfg.model.preset), f"preset {cfg.model.preset}", None
+  if name := cfg.model.preset or presets.CHECKPOINTS.get(cfg.model.path, ""):
+    return presets.preset(name), f"preset {name}", None
   raise ValueError(
       f"model.path={cfg.model.path!r} has no config.json on this machine, and model.preset='' names no architecture; "
       f"download the checkpoint, or give --config.model.preset, one of {', '.join(sorted(presets.PRESETS))}.")

@@ -96,12 +96,11 @@ def temporaries(job: Job) -> dict[str, int]:
   1.5B model and rows of 5,120 tokens, most scoring and updates needed 0.7 to 1.2 times as much, one 1.5.
   """
   # The copy, and most of it once more in the order in which it was gathered.
+  scoring = _learn(job, backward=False)
   sizes = {
-      "publish": 2 * sampler_bytes(job), "prefill": _prefill(job), "decode": _decode(job),
-      "score": _learn(job, backward=False)}
-  if job.cfg.loss.kl_coef:
-    sizes["reference"] = sizes["score"]
-  return sizes | {"update": _learn(job, backward=True)}
+      "publish": 2 * sampler_bytes(job), "prefill": _prefill(job), "decode": _decode(job), "score": scoring,
+      "reference": scoring, "update": _learn(job, backward=True)}
+  return {name: sizes[name] for name in job.programs}
 
 
 def _decode(job: Job) -> int:
@@ -126,13 +125,15 @@ def _learn(job: Job, *, backward: bool) -> int:
   rows = job.micro_rows
   compute = jnp.dtype(cfg.model.compute_dtype).itemsize
   head = arch.vocab_size * arch.hidden_size // job.tensor
-  scores = rows * arch.n_heads * T * T // job.tensor
+  is_splash = job.learner.kernel == "splash"
+  scores = 0 if is_splash else rows * arch.n_heads * T * T // job.tensor
   layer = rows * T * _layer_bytes(job) + scores * (4 + compute)
   logits = 3 * cfg.learner.logprob_chunk * arch.vocab_size * 4 // job.tensor
   total = head * compute + layer + logits + 2 * rows * T * arch.hidden_size * 4
   if backward:
-    saved = rows * T * arch.hidden_size * 4  # A layer's input.
-    if cfg.model.remat != "full":
+    # A layer's input; offloaded, it waits in the host's memory.
+    saved = 0 if cfg.model.remat == "offload" else rows * T * arch.hidden_size * 4
+    if cfg.model.remat in ("dots", "none"):
       saved += rows * T * _layer_bytes(job)
     if cfg.model.remat == "none":
       saved += scores * (4 + compute)

@@ -11,18 +11,12 @@ from hbpo_jax.rollout import sampling as sampling_lib
 from hbpo_jax.rollout.programs import Programs, Progress
 
 
-def names(job: Job) -> tuple[str, ...]:
-  """The programs that matter, in the order in which a step runs them."""
-  reference = ("reference",) if job.cfg.loss.kl_coef else ()
-  return ("publish", "prefill", "decode", "score", *reference, "update")
-
-
 def turns(job: Job, decoding: Decoding) -> dict[str, int]:
   """By program, the turns of its loop whose number the run decides: over a segment's tokens, or over micro-batches."""
   counted = {
       "decode": job.plan.segment_steps, "score": decoding.n_micro, "reference": decoding.n_micro,
       "update": max(1, round(decoding.n_micro / job.n_minibatches))}
-  return {name: counted.get(name, 1) for name in names(job)}
+  return {name: counted.get(name, 1) for name in job.programs}
 
 
 def lower(job: Job, name: str) -> Any:
@@ -46,8 +40,8 @@ def lower(job: Job, name: str) -> Any:
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, compute, sharding=x.sharding), params)
   with jax.set_mesh(job.mesh):
     if name == "update":
-      return learner._update.lower(state, batch, temperature)
-    return learner._score.lower(params, batch, temperature)
+      return learner._update.lower(state, batch, temperature, None)
+    return learner._score.lower(params, batch, temperature, None)
 
 
 class _Lowered(Programs):

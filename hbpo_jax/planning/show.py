@@ -111,11 +111,11 @@ def sweep_table(ranked: Sequence[Estimate]) -> Table:
     sizes = e.job.mesh.shape
     rows.append((
         f"data {sizes['data']} x fsdp {sizes['fsdp']} x tensor {sizes['tensor']}",
-        str(e.job.cfg.learner.microbatch_rows), str(e.job.cfg.rollout.slots), f"{e.step_s:,.1f}",
+        str(e.job.cfg.learner.microbatch_rows), e.job.cfg.model.remat, str(e.job.cfg.rollout.slots), f"{e.step_s:,.1f}",
         f"{e.step_bound_s:,.1f}", gib(e.peak[1]), e.peak[0], "yes" if e.fits else "no", "yes" if e.compiled else "no"))
   return Table(
       f"sweep: the best and the compiled of {len(ranked)}",
-      ("mesh", "microbatch_rows", "slots", "predicted s", "at least s", "peak GiB", "at", "fits", "compiled"),
+      ("mesh", "microbatch_rows", "remat", "slots", "predicted s", "at least s", "peak GiB", "at", "fits", "compiled"),
       tuple(rows), has_total=False)
 
 

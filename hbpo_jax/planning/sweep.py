@@ -1,7 +1,8 @@
-"""Tries splits of the mesh, micro-batches and slots: all by counting, the best few by compiling."""
+"""Tries splits of the mesh, micro-batches, slots and model.remat: all by counting, the best few by compiling."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import itertools
 from typing import Any
 
 from hbpo_jax.config import Config
@@ -14,6 +15,7 @@ from hbpo_jax.planning.job import Job, make_job
 
 ROWS_PER_DEVICE = (1, 2, 4, 8)
 SLOTS_PER_DEVICE = (16, 32, 64, 128)
+REMAT = ("full", "dots", "none")  # Not offload: how fast a host takes and gives back is nowhere said.
 MOST_COMPILED = 3
 
 
@@ -21,12 +23,13 @@ def candidates(job: Job) -> Iterator[Job]:
   """The Jobs of a small grid around a configuration: those that its settings allow."""
   cfg, topology = job.cfg, job.topology
   rows = job.shape.n_responses // cfg.learner.minibatches
-  for data, fsdp, tensor in _splits(topology, job):
+  for (data, fsdp, tensor), remat in itertools.product(_splits(topology, job), REMAT):
     shards = data * fsdp
     for micro in sorted({min(n * shards, rows) for n in ROWS_PER_DEVICE}):
       for slots in sorted({min(n * shards, -(-job.shape.n_responses // shards) * shards) for n in SLOTS_PER_DEVICE}):
         try:
-          yield make_job(_settings(cfg, data, fsdp, tensor, micro, slots), job.arch, topology, job.n_prefix)
+          changed = _settings(cfg, data, fsdp, tensor, micro, slots, remat)
+          yield make_job(changed, job.arch, topology, job.n_prefix)
         except ValueError:
           continue  # The batch does not divide over these shards, or the like.
 
@@ -59,8 +62,9 @@ def _splits(topology: Topology, job: Job) -> Iterator[tuple[int, int, int]]:
       yield data, n // tensor // data, tensor
 
 
-def _settings(cfg: Config, data: int, fsdp: int, tensor: int, micro: int, slots: int) -> Config:
+def _settings(cfg: Config, data: int, fsdp: int, tensor: int, micro: int, slots: int, remat: str) -> Config:
   return dataclasses.replace(
       cfg, mesh=dataclasses.replace(cfg.mesh, data=data, fsdp=fsdp, tensor=tensor),
+      model=dataclasses.replace(cfg.model, remat=remat),
       learner=dataclasses.replace(cfg.learner, microbatch_rows=micro),
       rollout=dataclasses.replace(cfg.rollout, slots=slots))

@@ -40,6 +40,25 @@ def test_gradients_match_autodiff_of_the_whole(chunk, shards):
   tiny.assert_trees_close(actual, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes, V, D", [
+    (dict(), 13, 16), (dict(data=2), 13, 8), (dict(tensor=2), 14, 8), (dict(data=2, tensor=2), 14, 8),
+    (dict(data=8), 13, 8), (dict(), 13, 12)])
+def test_the_head_s_gradient_is_the_same_on_every_mesh(sizes, V, D):
+  hidden, head, targets, weight = problem(R=8, D=D, V=V)
+  mesh = tiny.make_mesh(8, **({"fsdp": 1} if sizes == {"data": 8} else {}), **sizes)
+  shards = 8 // sizes.get("tensor", 1)
+
+  def total(head, shards):
+    return jnp.sum(weight * scoring.chunked_logps(hidden, head, targets, temperature=0.7, chunk=3, shards=shards))
+
+  expected = jax.grad(total)(head, 1)
+  with jax.set_mesh(mesh):
+    actual = jax.jit(jax.grad(total), static_argnums=1)(head, shards)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+  if sizes != {"data": 8} and D % mesh.shape["fsdp"] == 0:
+    assert actual.sharding.shard_shape(actual.shape)[1] == D // mesh.shape["fsdp"], "each device has its share"
+
+
 def test_the_head_s_gradient_is_summed_in_float32():
   """4096 equal contributions: a bfloat16 sum would stop growing after 256 of them."""
   hidden = jnp.ones((1, 4096, 8), jnp.bfloat16)

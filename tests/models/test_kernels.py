@@ -76,7 +76,7 @@ def test_attend(kernel, H, K, E, dtype, mask):
 
 def test_splash_over_several_blocks():
   T = 5 * 128  # a length that only the smallest block divides
-  assert kernels._splash_block(T) == 128
+  assert kernels.splash_block(T) == 128
   query, key, value = normal(1, (1, T, 1, 64), (1, T, 1, 64), (1, T, 1, 64))
   segment = np.where(np.arange(T) < 200, 0, np.where(np.arange(T) < 500, 1, 2))[None].astype(np.int32)
   got = jax.jit(PREFILL["splash"])(query, key, value, segment)
@@ -86,7 +86,7 @@ def test_splash_over_several_blocks():
 
 @pytest.mark.parametrize("T", [1, 128, 129, 300, 512, 576, 640, 1000, 1025, 2624])
 def test_splash_pads_little(T):
-  block = kernels._splash_block(T)
+  block = kernels.splash_block(T)
   assert -T % block <= -T % 128 + (T + -T % 128) / 8
 
 

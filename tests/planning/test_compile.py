@@ -97,10 +97,10 @@ def test_programs_lower_for_the_cpu_as_well(name):
 
 
 def test_which_programs():
-  assert programs.names(make_job()) == ("publish", "prefill", "decode", "score", "update")
+  assert make_job().programs == ("publish", "prefill", "decode", "score", "update")
   with_kl = make_cfg(loss=LossConfig(kl_coef=0.1))
   made = make_job(with_kl)
-  assert programs.names(made) == ("publish", "prefill", "decode", "score", "reference", "update")
+  assert made.programs == ("publish", "prefill", "decode", "score", "reference", "update")
   d = decoding.simulate(made, mean_tokens=None, mean_prompt=5)
   assert programs.turns(made, d) == {
       "publish": 1, "prefill": 1, "decode": 2, "score": d.n_micro, "reference": d.n_micro,

@@ -2,11 +2,15 @@
 
     /tmp/tpu/bin/python -m pytest -m slow tests/planning/test_compile_tpu.py
 
-in an environment with libtpu (tests/models/test_kernels_tpu.py says how to make one).
+in an environment with libtpu (tests/models/test_kernels_tpu.py says how to make one). What is not slow takes part in
+`make test`, too, where libtpu is.
 """
 
 import dataclasses
 import json
+import re
+
+import pytest
 
 from hbpo_jax import flags
 from hbpo_jax.models import presets
@@ -15,7 +19,7 @@ from hbpo_jax.planning import compile as compile_lib
 from hbpo_jax.planning.estimate import Lengths
 from tests import tpu
 
-pytestmark = tpu.marks
+pytestmark = tpu.quick
 
 
 def small(topology="v5e:2x4", **fields):
@@ -29,6 +33,49 @@ def small(topology="v5e:2x4", **fields):
   return job.make_job(cfg, arch, chips.parse_topology(topology), (12, 13, 13, 13))
 
 
+def faults(planned, said):
+  """What the compiled update or scoring must not do, as sentences."""
+  arch, found = planned.arch, [f"{said.name}: {text}" for text in (said.error, *said.warnings) if text]
+  entries = {arch.vocab_size, arch.vocab_size // planned.tensor}
+  widths = {arch.hidden_size, arch.hidden_size // planned.mesh.shape["fsdp"]}
+  for c in said.collectives:
+    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", c.shape):
+      sizes = {int(d) for d in dims.split(",") if d}
+      if not sizes & entries:
+        continue
+      is_logits = not sizes & widths
+      is_whole_head = dtype == "f32" and arch.hidden_size in sizes and c.kind in ("all-gather", "all-reduce")
+      if is_logits or is_whole_head:
+        found.append(f"{said.name}: {c.kind} of {dtype}[{dims}], {c.times} times, from {c.source}")
+  wanted = {"score": ["fwd"], "update": ["fwd", "dkv", "dq"]}[said.name]
+  return found + [
+      f"{said.name}: no splash kernel {part}" for part in wanted
+      if not any(name.startswith(f"splash_mha_{part}") for name in said.kernels)]
+
+
+def learning_faults(planned):
+  said = compile_lib.compile_all(planned, {"score": 1, "update": 1})
+  assert all(c.ok for c in said.values()), said
+  assert "reduce-scatter" in {c.kind for c in said["update"].collectives}, "of the head's gradient"
+  return [fault for c in said.values() for fault in faults(planned, c)]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_scoring_and_updates_move_no_logits_and_no_whole_head(tensor):
+  planned = small(mesh__tensor=tensor)
+  arch = dataclasses.replace(planned.arch, hidden_size=512, mlp_size=1024, n_heads=4)
+  assert not learning_faults(job.make_job(planned.cfg, arch, planned.topology, planned.n_prefix))
+
+
+@pytest.mark.slow
+def test_nor_do_those_of_the_paper():
+  cfg = flags.build(flags.load_config("r1_distill_qwen_1p5b"), {})
+  planned = job.make_job(
+      cfg, presets.preset("r1_distill_qwen_1p5b"), chips.parse_topology("v5e:4x4"), (12, 13, 13, 13))
+  assert not learning_faults(planned)
+
+
+@pytest.mark.slow
 def test_every_program_compiles_and_says_what_it_needs():
   planned = small(loss__kl_coef=0.1)
   said = compile_lib.compile_all(planned, programs.turns(planned, decoding.simulate(
@@ -48,6 +95,7 @@ def test_every_program_compiles_and_says_what_it_needs():
   assert made.fits and json.dumps(made.to_json())
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_an_answer():
   planned = small(
       learner__microbatch_rows=0, learner__pack=False, reward__max_response_tokens=8192, rollout__queries=64)
@@ -56,6 +104,7 @@ def test_out_of_memory_is_an_answer():
   assert not estimate.estimate(planned, Lengths(None, 64), {"update": said}).fits
 
 
+@pytest.mark.slow
 def test_single_chips_and_v4_with_both_cores():
   for topology in ("v5e:1x1", "v4:2x2x1"):
     planned = small(topology)

@@ -53,7 +53,7 @@ def test_scoring(micro, pack):
   assert counted == pytest.approx(chunked, rel=0.05) and counted <= chunked
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
 def test_an_update(remat):
   cfg = make_cfg(model=ModelConfig(compute_dtype="float32", remat=remat))
   job = make_job(cfg, arch=dataclasses.replace(tiny.ARCH, n_layers=3))
@@ -100,7 +100,8 @@ def test_an_updates_traffic():
   counted = lambda n, **fields: counts.learn(dataclasses.replace(job, **fields), n, backward=True).hbm_bytes
   params = sum(x.size for x in jax.tree.leaves(job.state.params))
   fixed = 2 * counted(1) - counted(2)
-  assert fixed == pytest.approx(2 * params * counts.OPTIMIZER_BYTES), "the optimizer's, once for each of two updates"
+  # The optimizer's, once for each of two updates: float32 weights and moments read and written, and the gradient.
+  assert fixed == pytest.approx(2 * params * 28, rel=1e-4)
   rows, T, H, L = job.micro_rows, job.n_columns, 4, 2
   scores = counted(2) - counted(1)
   assert scores > L * H * rows * T * T * (2 * counts.SCORE_BYTES[0] + counts.SCORE_BYTES[1])

@@ -134,6 +134,23 @@ def test_scattered_and_asynchronous_forms():
       ("reduce-scatter", 8 * 4 * 3 // 4), ("all-gather", 64 * 4 * 7 // 8)]
 
 
+KERNEL = '''\
+  %attend_forward.2 = (f32[8]{0:T(128)}) custom-call(%x.2), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/while/body/attend"}
+'''
+
+
+def test_a_kernel_in_a_loop_hides_nothing_of_it():
+  annotation = ', backend_config={"known_trip_count":{"n":"28"}}'
+  text = LOOPS.replace("%ANNOTATION%", annotation)
+  assert hlo.kernels(text) == (), "a condition's custom call is none"
+  with_kernel = text.replace("  %whole = bf16", KERNEL + "  %whole = bf16")
+  assert hlo.collectives(with_kernel) == hlo.collectives(text), "the attributes' brace does not end the loop's body"
+  assert hlo.kernels(with_kernel) == ("attend_forward",)
+
+
 def test_a_compiled_program_of_eight_devices():
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:8])
   L, D = 5, 64
