@@ -113,7 +113,7 @@ def _sum_shards(x_SVD: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _chunk_loop(hidden, head, targets, temperature, n_used):
-  """logp [n, shards, chunk] of hidden [n, shards, chunk, D], head [V, D], targets [n, shards, chunk]; 0 after n_used."""
+  """logp [n, shards, chunk] of hidden [n, shards, chunk, D], head [V, D] and targets like logp; 0 from n_used on."""
   return _forward(hidden, head, targets, temperature, n_used)[0]
 
 

@@ -33,19 +33,23 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def linear(x: jax.Array, weight: jax.Array, inputs: str, outputs: str, dtype: Any) -> jax.Array:
   """float32 [..., outputs] of x [..., inputs] and a weight [outputs, inputs], whose axes are named by a letter each.
 
   Forward and backward, operands are rounded to `dtype` and products summed in float32: the weight's gradient is not
   rounded again, and no matmul has a float32 operand beside a bfloat16 one, which a GPU would run in float32.
   """
+  return _linear(x, weight, inputs, outputs, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _linear(x, weight, inputs, outputs, dtype) -> Any:
   return _linear_forward(x, weight, inputs, outputs, dtype)[0]
 
 
 def _linear_forward(x, weight, inputs, outputs, dtype):
   rounded_x = x.astype(dtype)
-  # A plain product, not `linear` again: a checkpoint's policy that keeps the outputs of matmuls must see one.
+  # A plain product, not `_linear` again: a checkpoint's policy that keeps the outputs of matmuls must see one.
   out = product(f"...{inputs},{outputs}{inputs}->...{outputs}", rounded_x, weight.astype(dtype))
   # An empty array carries x's own dtype.
   return out, (rounded_x, weight, jnp.zeros((0,), x.dtype))
@@ -65,7 +69,7 @@ def _linear_backward(inputs, outputs, dtype, kept, cotangent):
   return x_grad.astype(like.dtype), gradient.astype(weight.dtype)
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -96,7 +96,7 @@ class Layer(nnx.Module):
       out = attention.linear(x, w, inputs, outputs, dtype)
       if hasattr(self, name + LORA_A):
         low = attention.linear(x, getattr(self, name + LORA_A)[...], inputs, "r", dtype)
-        out = jnp.add(out, attention.linear(low, getattr(self, name + LORA_B)[...], "r", outputs, dtype))
+        out += attention.linear(low, getattr(self, name + LORA_B)[...], "r", outputs, dtype)
       return checkpoint_name(out, _PROJECTION)  # what remat "dots" keeps
     # As one plain matmul: of several contracted axes, XLA on CPU would transpose the weight at every use.
     lead = x.shape[:x.ndim - len(inputs)]
@@ -226,8 +226,9 @@ def run(
   x = constrain(model.embed_tokens(tokens_RT, dtype), "batch", "none", "none")
   if not keep_cache and not isinstance(layers, tuple) and attention.on_cpu() and arch.n_layers <= _MOST_UNROLLED:
     # A loop keeps what its backward pass needs in stacks, which a CPU spends a tenth of an update on filling.
+    traced_once = jax.jit(body)
     for i in range(arch.n_layers):
-      x, cache = body(x, jax.tree.map(lambda w, i=i: w[i], layers))
+      x, cache = traced_once(x, jax.tree.map(lambda w, i=i: w[i], layers))
   elif isinstance(layers, tuple):
     caches = []
     for weights in layers:

@@ -274,8 +274,9 @@ def step(
   x = constrain(model.embed_tokens(token_R, layout.dtype), "batch", "none")
   if layout.unrolled:
     written = []
+    traced_once = jax.jit(functools.partial(one_layer, index=None))  # Tracing takes longer than compiling it again.
     for weights, *arrays in zip(layers, cache.k, cache.v, newest.k, newest.v, strict=True):
-      x, new = one_layer(x, weights, Cache(*arrays[:2]), Cache(*arrays[2:]), None)
+      x, new = traced_once(x, weights, Cache(*arrays[:2]), Cache(*arrays[2:]))
       written.append(new)
     newest = Cache(tuple(c.k for c in written), tuple(c.v for c in written))
   else:

@@ -10,6 +10,7 @@ import pytest
 
 from hbpo_jax.learning import learner as learner_lib
 from hbpo_jax.learning import packing, scoring
+from hbpo_jax.models import decoder
 from hbpo_jax.structs import Batch, Prompts, Rollouts
 from tests.learning import tiny
 
@@ -87,7 +88,7 @@ def micro_batch_flops(n_columns, n_rows):
   policy = functools.partial(learner_lib.policy_loss, arch=WIDE, cfg=cfg)
   gradient = lambda params, batch: learner_lib.grads(
       lambda p, b, n: policy(p, b, n, 1.0), params, batch, n_micro=n_rows)
-  params = learner_lib._abstract_params(WIDE, "float32")
+  params = jax.eval_shape(lambda key: decoder.init(WIDE, key), jax.random.key(0))
   return jax.jit(gradient).lower(params, batch).compile().cost_analysis()["flops"]
 
 

@@ -87,16 +87,20 @@ def test_only_the_first_step_compiles(inputs, tmp_path, monkeypatch):
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
       lambda event, duration, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None)
-  per_step = []
-  original = train.Trainer._step
+  before, per_step = [], []
+  generate, learn = train.Trainer._generate, train.Trainer._learn
 
-  def counted(self, step, state):
-    before = len(compiled)
-    state = original(self, step, state)
-    per_step.append(len(compiled) - before)
-    return state
+  def counted_generate(self, *args):
+    before.append(len(compiled))
+    return generate(self, *args)
 
-  monkeypatch.setattr(train.Trainer, "_step", counted)
+  def counted_learn(self, *args):
+    result = learn(self, *args)
+    per_step.append(len(compiled) - before[-1])
+    return result
+
+  monkeypatch.setattr(train.Trainer, "_generate", counted_generate)
+  monkeypatch.setattr(train.Trainer, "_learn", counted_learn)
   # Another seed changes lengths and prompts from step to step; the mesh is a part of the eight test devices.
   monkeypatch.setattr(jax, "devices", lambda *a, devices=jax.devices()[:1]: devices)
   monkeypatch.setattr(jax, "device_count", lambda: 1)
