@@ -219,10 +219,11 @@ def targets(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
       result.append({"case": case, "what": "step_s, Tunix / ours", "at_least": least, "measured": ratio,
                      "measured_cpu": ours["ratio_to_tunix_cpu"], "met": ratio >= least})
     for name, most in FIRST_TARGETS.items():
-      if ours.get(f"{name}_s") is not None and tunix.get(f"{name}_s") is not None:
-        ratio, cpu = (ours[f"{name}_{unit}"] / tunix[f"{name}_{unit}"] for unit in ("s", "cpu_s"))
-        result.append({"case": case, "what": f"{name}_s, ours / Tunix", "at_most": most, "measured": rounded(ratio),
-                       "measured_cpu": rounded(cpu), "met": ratio <= most})
+      # Tunix by itself keeps no cache: its first step is a cold one.
+      if ours.get(f"{name}_s") is not None and tunix.get("first_step_s") is not None:
+        ratio, cpu = (ours[f"{name}_{unit}"] / tunix[f"first_step_{unit}"] for unit in ("s", "cpu_s"))
+        result.append({"case": case, "what": f"{name}_s, ours / first_step_s, Tunix", "at_most": most,
+                       "measured": rounded(ratio), "measured_cpu": rounded(cpu), "met": ratio <= most})
   return result
 
 

@@ -88,6 +88,10 @@ def open_for_evaluation(cfg: Config) -> Model:
 
 def _make_meshes(cfg: Config) -> tuple[Mesh, Mesh]:
   devices = jax.devices()
+  if cfg.mesh.rollout_devices and jax.process_count() > 1:
+    raise ValueError(
+        f"mesh.rollout_devices={cfg.mesh.rollout_devices} is for one process, and this job has {jax.process_count()}: "
+        "two threads of each would meet the others' in no fixed order. Set it to 0, and pipeline=on_policy.")
   mesh = sharding.make_mesh(cfg.mesh, devices[:len(devices) - cfg.mesh.rollout_devices])
   return mesh, sharding.make_rollout_mesh(cfg.mesh, mesh, devices)
 

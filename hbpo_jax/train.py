@@ -54,6 +54,7 @@ class Trainer:
   checkpoints: Checkpointer
   evaluations: Evaluations
   log: StepLog
+  console: Console
 
   def train(self, state: TrainState, start: int, wall_s: "WallClock") -> TrainState:
     """Algorithm 1 from step `start` to the last; every step is in a checkpoint or will be computed again."""
@@ -69,6 +70,8 @@ class Trainer:
           following = ahead.submit(self._generate, step + 1, self._publish(state))
           self.log.flush()
         state, record = self._learn(step, state, generated)
+        if step == start:
+          assemble.compile_samplers(self.console, training=self.engine)
         waited = Stopwatch()
         generated = following.result() if following is not None else None
         waited.lap("idle_s")
@@ -280,9 +283,10 @@ def main(cfg: Config, workdir: str) -> None:
     log = stack.enter_context(contextlib.closing(StepLog(cfg, root, start, console, engine.shape.n_prefix)))
 
     evaluations = stack.enter_context(Evaluations(cfg, model, learner.whole, eval_problems, judge, root, console))
-    assemble.compile_samplers(console, training=engine, evaluation=evaluations.runner)
+    assemble.compile_samplers(console, evaluation=evaluations.runner)
+    engine.prepare()  # In the background: the first step waits only for the programs that it needs.
     base = evaluations.before(start, state)
-    trainer = Trainer(cfg, model, batches, engine, judge, learner, reference, checkpoints, evaluations, log)
+    trainer = Trainer(cfg, model, batches, engine, judge, learner, reference, checkpoints, evaluations, log, console)
     state = trainer.train(state, start, wall_s)
     checkpoints.wait()
     if cfg.checkpoint.export:

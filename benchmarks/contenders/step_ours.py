@@ -69,6 +69,7 @@ class Trainer:
     self._metrics = jax.device_get(metrics)
     jax.block_until_ready(self._state)
     clock.lap("update_s")
+    self._engine.warm_up()  # What the first step left to the background; training waits for it, too.
     self._n_tokens, self._laps = rollouts.n_tokens_BGJ.reshape(-1).tolist(), clock.laps
 
   def last(self) -> stepping.Step:

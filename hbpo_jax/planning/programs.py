@@ -8,7 +8,7 @@ from hbpo_jax.models import sharding
 from hbpo_jax.planning.decoding import Decoding
 from hbpo_jax.planning.job import Job
 from hbpo_jax.rollout import sampling as sampling_lib
-from hbpo_jax.rollout.programs import Programs, Progress
+from hbpo_jax.rollout.programs import Programs
 
 
 def turns(job: Job, decoding: Decoding) -> dict[str, int]:
@@ -55,7 +55,7 @@ class _Lowered(Programs):
     self._wanted = wanted
     super().__init__(job.arch, job.mesh, job.layout, job.shape, job.plan, params=job.sampler, sampling=sampling)
 
-  def _compile(self, jobs: dict, progress: Progress) -> dict:
+  def _compile(self, jobs: dict) -> dict:
     function, arguments, consumed, result = jobs[self._wanted]
     with jax.set_mesh(self._mesh):
       self.lowered = jax.jit(

@@ -25,7 +25,7 @@ from hbpo_jax.structs import Prompts, Rollouts
 
 
 class Engine:
-  """Generates rollouts of one Shape; compiles everything in `warm_up`, or on the first call.
+  """Generates rollouts of one Shape; compiles everything in `warm_up`, or from the first call on in the background.
 
   Slots are spread over the mesh axes `data` and `fsdp`, attention heads over `tensor`.
   """
@@ -48,17 +48,23 @@ class Engine:
     self.publish = Publisher(arch, mesh, self.layout, gather=cfg.gather_weights)
     self._programs: Programs | None = None
 
+  def prepare(self) -> Programs:
+    """Every program that `generate` can need; the first time, they start to compile in the background."""
+    if self._programs is None:
+      self._programs = Programs(
+          self._arch, self.mesh, self.layout, self.shape, self.plan, params=self.publish.abstract(),
+          sampling=self.sampling)
+    return self._programs
+
   def warm_up(self, progress: Progress = lambda done, total: None) -> Programs:
-    """Compiles every program that `generate` can need, the first time, and returns them.
+    """As `prepare`, and returns when all are compiled: from then on nothing compiles.
 
     Args:
       progress: called with (programs done, programs in all).
     """
-    if self._programs is None:
-      self._programs = Programs(
-          self._arch, self.mesh, self.layout, self.shape, self.plan, params=self.publish.abstract(),
-          sampling=self.sampling, progress=progress)
-    return self._programs
+    programs = self.prepare()
+    programs.wait(progress)
+    return programs
 
   def start(
       self, params: Any, prompts: Prompts, key: jax.Array, *, stop_BGJ: np.ndarray | None = None,
@@ -115,7 +121,7 @@ class Generation:
   def __init__(self, engine: Engine, params: Any, prompts: Prompts, key: jax.Array, work: schedule.Work):
     """Prefills, and starts the first segment."""
     shape = engine.shape
-    self._engine, self._programs, self._params, self._prompts = engine, engine.warm_up(), params, prompts
+    self._engine, self._programs, self._params, self._prompts = engine, engine.prepare(), params, prompts
     self.ledger = Ledger()
     self._schedule = schedule.Schedule(
         work, engine.n_shards, [n // engine.n_shards for n in engine.plan.row_buckets])

@@ -1,11 +1,14 @@
-"""Every program that the sampler runs, compiled ahead of time for one shape, so that nothing compiles in mid-run."""
+"""Every program that the sampler runs, compiled for one shape in the background, in the order in which it is needed."""
 
-from collections.abc import Callable
-import concurrent.futures
+import atexit
+from collections.abc import Callable, Mapping
+from concurrent import futures
 import functools
 import itertools
 import os
+import threading
 from typing import Any
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 
 class Programs:
-  """Compiled programs by their static sizes.
+  """Compiled programs by their static sizes. One that is needed before its turn is compiled at once.
 
   new_pool()                                        an empty slots.Pool
   row_keys(key, identity)                           of all rollouts
@@ -35,12 +38,11 @@ class Programs:
 
   def __init__(
       self, arch: Architecture, mesh: Mesh, layout: slots.Layout, shape: Shape, plan: Plan, *, params: Any,
-      sampling: Any, progress: Progress = lambda done, total: None):
-    """Compiles everything, several programs at a time.
+      sampling: Any):
+    """Starts to compile everything, several programs at a time.
 
     Args:
       params, sampling: arrays or abstract ones, with shardings.
-      progress: called with (programs done, programs in all).
     """
     self._arch, self._mesh, self._layout = arch, mesh, layout
     whole = sharding.replicated(mesh)
@@ -87,11 +89,30 @@ class Programs:
           local = spec((n_shards, smaller[rows] // n_shards))
           jobs["compact", (rows, i)] = (sampler.compact, (live(rows, i), local), (), live(smaller[rows], i))
 
-    compiled = self._compile(jobs, progress)
-    of = lambda kind: {size: program for (k, size), program in compiled.items() if k == kind}
-    self.new_pool, self.row_keys, self.prefill = compiled["pool", ()], compiled["keys", ()], of("prefill")
-    self.new_live, self.resize = of("live"), of("resize")
-    self.decode, self.compact = of("decode"), of("compact")
+    compiled = self._compiled = self._compile(jobs)
+    self._is_complete = False
+    self.prefill, self.new_live, self.resize = (_Kind(compiled, kind) for kind in ("prefill", "live", "resize"))
+    self.decode, self.compact = _Kind(compiled, "decode"), _Kind(compiled, "compact")
+
+  @property
+  def new_pool(self) -> Any:
+    """See the class."""
+    return self._compiled["pool", ()]
+
+  @property
+  def row_keys(self) -> Any:
+    """See the class."""
+    return self._compiled["keys", ()]
+
+  def wait(self, progress: Progress = lambda done, total: None) -> None:
+    """Returns when everything is compiled.
+
+    Args:
+      progress: called with (programs done, programs in all), the first time.
+    """
+    if not self._is_complete:
+      self._compiled.wait(progress)
+    self._is_complete = True
 
   def _abstract(self, build: Callable, rows: str) -> Any:
     """Shapes, dtypes and shardings of what `build` makes; `rows` is the logical axis of the rows."""
@@ -104,17 +125,92 @@ class Programs:
     with jax.set_mesh(self._mesh):
       return jax.tree_util.tree_map_with_path(place, jax.eval_shape(build))
 
-  def _compile(self, jobs: dict, progress: Progress) -> dict:
-    """The compiled programs of {name: (function, arguments, consumed arguments, abstract result)}."""
-    def lower(function, arguments, consumed, result):
-      out = jax.tree.map(lambda x: x.sharding, result)
-      # Tracing holds the interpreter, so only compilation runs in threads.
-      with jax.set_mesh(self._mesh):
-        return jax.jit(function, donate_argnums=consumed, out_shardings=out).lower(*arguments)
+  def _compile(self, jobs: dict) -> Any:
+    """What gives the compiled programs of {name: (function, arguments, consumed arguments, abstract result)}."""
+    return _Compiler(self._mesh, jobs)
 
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-      running = {threads.submit(lower(*job).compile): name for name, job in jobs.items()}
-      for n_done, future in enumerate(concurrent.futures.as_completed(running), 1):
-        future.result()
-        progress(n_done, len(jobs))
-    return {name: future.result() for future, name in running.items()}
+
+class _Kind:
+  """The compiled programs of one kind, by their sizes."""
+
+  def __init__(self, compiled: Any, kind: str):
+    self._compiled, self._kind = compiled, kind
+
+  def __getitem__(self, size: Any) -> Any:
+    return self._compiled[self._kind, size]
+
+
+class _Compiler:
+  """Compiles jobs in the background, in their order; what somebody waits for, and whose turn has not come, at once."""
+
+  def __init__(self, mesh: Mesh, jobs: Mapping[tuple[str, Any], tuple]):
+    self._mesh, self._jobs = mesh, jobs
+    self._programs: dict[tuple[str, Any], futures.Future] = {name: futures.Future() for name in jobs}
+    self._begun: set[tuple[str, Any]] = set()
+    self._lock, self._stopped = threading.Lock(), threading.Event()
+    # Tracing holds the interpreter, so one thread does it for all; XLA compiles in several.
+    self._thread = threading.Thread(target=self._run, name="compiler", daemon=True)
+    self._thread.start()
+    atexit.register(_stop, weakref.ref(self))  # A thread inside XLA when the interpreter ends would crash it.
+
+  def __getitem__(self, name: tuple[str, Any]) -> Any:
+    if self._begin(name):
+      self._finish(name, lambda: self._lower(name).compile())
+    return self._programs[name].result()
+
+  def wait(self, progress: Progress) -> None:
+    """Returns when all are compiled."""
+    for n_done, future in enumerate(futures.as_completed(self._programs.values()), 1):
+      future.result()
+      progress(n_done, len(self._programs))
+
+  def stop(self) -> None:
+    """Ends the thread after what it has begun."""
+    self._stopped.set()
+    self._thread.join()
+
+  def _run(self) -> None:
+    n_threads = min(8, os.cpu_count() or 1)
+    free = threading.Semaphore(n_threads)
+
+    def compile_lowered(name, lowered):
+      self._finish(name, lowered.compile)
+      free.release()
+
+    with futures.ThreadPoolExecutor(n_threads) as threads:
+      for name in self._jobs:
+        if self._stopped.is_set():
+          return
+        if not self._begin(name):
+          continue
+        free.acquire()
+        try:
+          threads.submit(compile_lowered, name, self._lower(name))
+        except BaseException as error:  # Whoever asks for the program gets it.
+          free.release()
+          self._programs[name].set_exception(error)
+
+  def _begin(self, name: tuple[str, Any]) -> bool:
+    """Whether the caller is the one to compile it."""
+    with self._lock:
+      if name in self._begun:
+        return False
+      self._begun.add(name)
+      return True
+
+  def _lower(self, name: tuple[str, Any]) -> Any:
+    function, arguments, consumed, result = self._jobs[name]
+    out = jax.tree.map(lambda x: x.sharding, result)
+    with jax.set_mesh(self._mesh):
+      return jax.jit(function, donate_argnums=consumed, out_shardings=out).lower(*arguments)
+
+  def _finish(self, name: tuple[str, Any], make: Callable[[], Any]) -> None:
+    try:
+      self._programs[name].set_result(make())
+    except BaseException as error:
+      self._programs[name].set_exception(error)
+
+
+def _stop(compiler: weakref.ref) -> None:
+  if (alive := compiler()) is not None:
+    alive.stop()

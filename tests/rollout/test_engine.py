@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 
 from hbpo_jax import structs
 from hbpo_jax.models import decoder, kernels, slots
-from hbpo_jax.rollout import engine, schedule, shape
+from hbpo_jax.rollout import engine, programs, schedule, shape
 from tests.rollout.tiny import (
   ARCH,
   CAPS,
@@ -243,6 +244,7 @@ def test_steps_and_rollouts_draw_differently(run):
 
 def test_nothing_compiles_after_warm_up(run, caplog):
   eng, params, _, _ = run
+  eng.warm_up()
   jax.block_until_ready(params)
   rng = np.random.default_rng(0)
   keys = [jax.random.key(i) for i in range(4)]
@@ -375,3 +377,37 @@ def test_plan_defaults_cover_the_paper():
   ragged = shape.make_plan(asked, 8, cfg, dataclasses.replace(layout, decode_kernel="pallas_tpu"))
   assert ragged.length_buckets == (4096,) and ragged.row_buckets == (512,)
   assert plan.prompt_buckets == (128, 256, 512, 1024) and plan.prefill_queries == 32
+
+
+def test_what_is_needed_is_compiled_first_and_the_rest_in_the_background():
+  """The thread is held up at its first program; one that is asked for does not wait for it."""
+  jobs = {("decode", i): (lambda x, i=i: x + i, (jax.ShapeDtypeStruct((), jnp.int32),), (), None) for i in range(6)}
+  gate, begun = threading.Event(), []
+
+  class Slow(programs._Compiler):
+    def _lower(self, name):
+      begun.append(name)
+      if threading.current_thread().name == "compiler":
+        gate.wait(60)
+      return jax.jit(jobs[name][0]).lower(*jobs[name][1])
+
+  compiler = Slow(make_mesh(), jobs)
+  assert int(compiler["decode", 5](jnp.int32(1))) == 6, "while the thread is held up"
+  gate.set()
+  seen = []
+  compiler.wait(lambda done, total: seen.append((done, total)))
+  assert seen[-1] == (6, 6) and sorted(begun) == sorted(jobs), "each once"
+  compiler.stop()
+
+
+def test_a_program_that_does_not_compile_fails_where_it_is_needed():
+  def broken(x):
+    raise TypeError("no such operation")
+
+  compiler = programs._Compiler(make_mesh(), {
+      ("decode", 0): (broken, (jax.ShapeDtypeStruct((), jnp.int32),), (), jax.ShapeDtypeStruct((), jnp.int32))})
+  for _ in range(2):
+    with pytest.raises(TypeError, match="no such operation"):
+      compiler["decode", 0]
+  with pytest.raises(TypeError, match="no such operation"):
+    compiler.wait(lambda done, total: None)
