@@ -137,6 +137,8 @@ def _learn(job: Job, *, backward: bool) -> int:
       saved += rows * T * _layer_bytes(job)
     if cfg.model.remat == "none":
       saved += scores * (4 + compute)
+    # Beside a layer's activations lie their gradients, and roundings of both to 16 bits.
+    total += 1.5 * rows * T * _layer_bytes(job)
     params = of(job.state.params) * 4 // jnp.dtype(cfg.model.param_dtype).itemsize
     total += arch.n_layers * saved + 2 * params + 2 * head * 4
   return int(total)
