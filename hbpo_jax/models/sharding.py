@@ -18,6 +18,7 @@ AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axes. Parameters name theirs in hbpo_jax.models.parameters; `batch` leads every activation.
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "replica": "data",
     "vocab": "tensor",
     "width": "fsdp",
     "heads": "tensor",
