@@ -223,8 +223,8 @@ def run(
     body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT], offload_src="device",
         offload_dst="pinned_host"))
-  # Each device looks up its share of the width for all rows, and keeps its rows: backward, every share of the gradient is
-  # summed where it lies. Left alone, the compiler of JAX 0.11 sums half of a vocabulary split over tensor on all devices.
+  # Each device looks up its share of the width for all rows, and keeps its rows: backward, every share of the gradient
+  # is summed where it lies. Else the compiler of JAX 0.11 sums half of a vocabulary split over tensor on all devices.
   x = constrain(model.embed_tokens(tokens_RT, dtype), "replica", "none", "width")
   x = constrain(x, "batch", "none", "none")
   if not keep_cache and not isinstance(layers, tuple) and attention.on_cpu() and arch.n_layers <= _MOST_UNROLLED:
