@@ -54,22 +54,25 @@ def simulate(job: Job, *, mean_tokens: float | None, mean_prompt: int) -> Decodi
   length_BN = np.zeros((job.shape.n_queries, job.shape.n_responses // job.shape.n_queries), np.int64)
   length_BN[work.query, work.subgroup * job.shape.n_rollouts + work.rollout] = (
       mean_prompt + np.asarray(job.n_prefix)[work.subgroup] + length_N)
-  n_micro = micro_batches(job, length_BN)
+  n_micro = micro_batches(job, length_BN, np.full(len(length_BN), mean_prompt))
   computed = n_micro * job.micro_rows * job.shards * job.n_columns
   return dataclasses.replace(made, n_micro=n_micro, real_share=float(length_BN.sum() / computed))
 
 
-def micro_batches(job: Job, length_BN: np.ndarray) -> int:
+def micro_batches(job: Job, length_BN: np.ndarray, n_prompt_B: np.ndarray) -> int:
   """Micro-batches of a step's updates that hold a token.
 
   Args:
     length_BN: int64 [B, G * J], tokens of each prompt and response together, at most a row's.
+    n_prompt_B: int [B], of its prompt.
   """
   if not job.cfg.learner.pack:
     return job.n_minibatches * job.most_micro_batches
   used = 0
-  for part_N in length_BN.reshape(job.n_minibatches, -1):
-    rows = packing.first_fit(part_N[None], [0], job.n_columns)
+  n_shared_B = n_prompt_B - 1 if job.shares_prompts else np.zeros_like(n_prompt_B)
+  own_BN = length_BN - n_shared_B[:, None]
+  for part_BN, part_B in zip(np.split(own_BN, job.n_minibatches), np.split(n_shared_B, job.n_minibatches), strict=True):
+    rows = packing.first_fit(part_BN, part_B, job.n_columns)
     used += math.ceil(math.ceil(len(rows) / job.shards) / job.micro_rows)
   return used
 

@@ -77,7 +77,12 @@ class Job:
     P, C, learner = self.shape.n_prompt_slots, max(self.shape.widths), self.cfg.learner
     if not learner.pack:
       return P + C
-    return learner.row_tokens or packing.row_width(P, C, self.learner.kernel != "splash")
+    return learner.row_tokens or packing.row_width(P, C, self.shares_prompts)
+
+  @property
+  def shares_prompts(self) -> bool:
+    """Whether responses to one query share its prompt in a packed row."""
+    return self.learner.kernel != "splash"
 
   @property
   def n_targets(self) -> int:

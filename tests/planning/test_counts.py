@@ -16,8 +16,8 @@ from tests.planning.tiny_jobs import N_PREFIX, make_cfg, make_job
 from tests.rollout import tiny
 
 
-def matmul_flops(jaxpr, turns=1):
-  """2 m k n of every product in a traced program, in every turn of its loops; `turns` of a while loop."""
+def matmul_flops(jaxpr, turns=(1,)):
+  """2 m k n of every product in a traced program, in every turn of its loops; `turns` of while loops, outer ones first."""
   total = 0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
@@ -25,13 +25,19 @@ def matmul_flops(jaxpr, turns=1):
       (contracted, _), _ = eqn.params["dimension_numbers"]
       depth = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
       total += 2 * math.prod(eqn.outvars[0].aval.shape) * depth
-    times = eqn.params["length"] if name == "scan" else turns if name == "while" else 1
+    times = eqn.params["length"] if name == "scan" else turns[0] if name == "while" else 1
     for value in jax.tree.leaves(
         list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
       inner = getattr(value, "jaxpr", value)
       if hasattr(inner, "eqns"):
-        total += times * matmul_flops(inner, turns)
+        total += times * matmul_flops(inner, (turns[1:] or (1,)) if name == "while" else turns)
   return total
+
+
+def loops(job, n_micro):
+  """Turns of the loops over micro-batches and, in each, over chunks of tokens, if every token carries loss."""
+  local, chunk = job.micro_rows * job.n_targets, job.cfg.learner.logprob_chunk
+  return n_micro, math.ceil(local / min(chunk, local))
 
 
 def traced(function, *arguments):
@@ -47,8 +53,8 @@ def test_scoring(micro, pack):
   assert (n_micro, job.micro_rows) == {(0, False): (2, 32), (0, True): (32, 2)}.get((micro, pack), (4, 16))
   counted = counts.learn(job, n_micro, backward=False).flops
   batch = job.batch(2 * job.minibatch_rows, scored=False)
-  program = jax.make_jaxpr(job.learner._score_traced)(job.state.params, batch, 1.0).jaxpr
-  chunked = matmul_flops(program, turns=n_micro)
+  program = jax.make_jaxpr(job.learner._score_traced)(job.state.params, batch, 1.0, None).jaxpr
+  chunked = matmul_flops(program, loops(job, n_micro))
   # A chunk's last rows are padding.
   assert counted == pytest.approx(chunked, rel=0.05) and counted <= chunked
 
@@ -57,9 +63,9 @@ def test_scoring(micro, pack):
 def test_an_update(remat):
   cfg = make_cfg(model=ModelConfig(compute_dtype="float32", remat=remat))
   job = make_job(cfg, arch=dataclasses.replace(tiny.ARCH, n_layers=3))
-  program = job.learner._update.trace(job.state, job.batch(job.minibatch_rows, scored=True), 1.0).jaxpr.jaxpr
+  program = job.learner._update.trace(job.state, job.batch(job.minibatch_rows, scored=True), 1.0, None).jaxpr.jaxpr
   counted = counts.learn(job, 3, backward=True).flops
-  assert counted == pytest.approx(matmul_flops(program, turns=3), rel=1e-9)
+  assert counted == pytest.approx(matmul_flops(program, loops(job, 3)), rel=1e-9)
 
 
 def test_prefill():
@@ -85,7 +91,7 @@ def test_a_segment_of_decoding():
       mean_tokens=0, truncated=0, n_tokens=0, n_segments=1, n_steps=steps, row_steps=rows * steps,
       column_steps=rows * steps * columns, utilisation=1)
   counted = counts.decode(job, one)
-  assert counted.flops == pytest.approx(matmul_flops(program.jaxpr, turns=steps), rel=1e-2)
+  assert counted.flops == pytest.approx(matmul_flops(program.jaxpr, turns=(steps,)), rel=1e-2)
   # What each kind of work reads and writes, by doubling one after the other.
   more = lambda **fields: counts.decode(job, dataclasses.replace(one, **fields)).hbm_bytes - counted.hbm_bytes
   weights = sum(x.size for x in jax.tree.leaves(job.sampler)) - job.arch.vocab_size * job.arch.hidden_size

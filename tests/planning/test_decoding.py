@@ -60,10 +60,11 @@ def test_micro_batches_are_those_that_packing_fills(n_devices):
       tokens=per_group(np.int32), completion_mask=per_group(bool), logp_sampler=per_group(np.float32),
       n_tokens_BGJ=n_BGJ, n_gen_BGJ=n_BGJ, truncated_BGJ=n_BGJ < 0)
   batch, share = packing.pack(
-      prompts, rollouts, np.ones((8, 2, 4)), n_minibatches=2, micro_rows=8, shards=job.shards)
+      prompts, rollouts, np.ones((8, 2, 4)), n_minibatches=2, micro_rows=8, shards=job.shards,
+      share_prompts=job.shares_prompts)
   length_BN = (prompts.n_prompt_B[:, None, None] + n_BGJ).reshape(8, 8)
-  counted = decoding.micro_batches(job, length_BN)
-  assert counted * 8 * job.n_columns == round(length_BN.sum() / share)
+  counted = decoding.micro_batches(job, length_BN, prompts.n_prompt_B)
+  assert counted * 8 * job.n_columns == round((batch.segment_RT != 0).sum() / share)
   assert batch.tokens_RT.shape == (2 * job.minibatch_rows, job.n_columns)
   assert batch.completion_mask_RC.shape == (2 * job.minibatch_rows, job.n_targets)
   planned = job.batch(2 * job.minibatch_rows, scored=False)
