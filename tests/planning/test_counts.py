@@ -17,7 +17,7 @@ from tests.rollout import tiny
 
 
 def matmul_flops(jaxpr, turns=(1,)):
-  """2 m k n of every product in a traced program, in every turn of its loops; `turns` of while loops, outer ones first."""
+  """2 m k n of every product in a traced program, in every turn of its loops; `turns` of nested while loops."""
   total = 0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
