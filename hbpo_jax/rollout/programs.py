@@ -186,7 +186,7 @@ class _Compiler:
         free.acquire()
         try:
           threads.submit(compile_lowered, name, self._lower(name))
-        except BaseException as error:  # Whoever asks for the program gets it.
+        except Exception as error:  # Whoever asks for the program gets it.
           free.release()
           self._programs[name].set_exception(error)
 
@@ -207,7 +207,7 @@ class _Compiler:
   def _finish(self, name: tuple[str, Any], make: Callable[[], Any]) -> None:
     try:
       self._programs[name].set_result(make())
-    except BaseException as error:
+    except Exception as error:
       self._programs[name].set_exception(error)
 
 
