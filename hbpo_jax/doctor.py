@@ -9,6 +9,11 @@ checked in any case: a doubled BOS harms both sides alike and leaves no gap. Not
 of model.path. Exit code 0 if healthy, 1 if not, 2 if the settings do not let it begin.
 """
 
+from hbpo_jax import flags
+
+if __name__ == "__main__":
+  flags.show_help("doctor")  # Before the imports below, which take seconds.
+
 from collections.abc import Sequence
 import dataclasses
 import json
@@ -19,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hbpo_jax import assemble, diagnosis, flags
+from hbpo_jax import assemble, diagnosis
 from hbpo_jax.config import Config, LoraConfig
 from hbpo_jax.data import problems as problems_lib
 from hbpo_jax.data.pipeline import Pipeline
@@ -265,6 +270,10 @@ def main(cfg: Config, workdir: str) -> None:
     sys.exit(1)
 
 
+def cli(argv: Sequence[str] | None = None) -> None:
+  """Runs the command with these arguments; None means the process's."""
+  flags.run(main, name="doctor", argv=argv)
+
+
 if __name__ == "__main__":
-  flags.run(main, name="python -m hbpo_jax.doctor", description=(
-      "Compare the sampler's log-probabilities with the trainer's, and say what is wrong."))
+  cli()

@@ -5,13 +5,18 @@
 Running the same command again continues where it stopped: no stored response is generated again.
 """
 
+from hbpo_jax import flags
+
+if __name__ == "__main__":
+  flags.show_help("evaluate")  # Before the imports below, which take seconds.
+
 from collections.abc import Sequence
 import dataclasses
 import pathlib
 
 import jax
 
-from hbpo_jax import assemble, distributed, flags
+from hbpo_jax import assemble, distributed
 from hbpo_jax.config import Config
 from hbpo_jax.data.prompts import EFFICIENCY, NATURAL
 from hbpo_jax.evaluation import benchmarks as benchmarks_lib
@@ -75,6 +80,10 @@ def _header(cfg: Config, model: assemble.Model, benchmarks: Sequence[Benchmark],
       f"{cfg.eval.top_p:g}"]
 
 
+def cli(argv: Sequence[str] | None = None) -> None:
+  """Runs the command with these arguments; None means the process's."""
+  flags.run(main, name="evaluate", argv=argv)
+
+
 if __name__ == "__main__":
-  flags.run(main, name="python -m hbpo_jax.evaluate", description=(
-      "Measure accuracy and tokens of a checkpoint on benchmarks; rerun to continue."))
+  cli()

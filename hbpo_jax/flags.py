@@ -4,14 +4,18 @@ Order of precedence, lowest first: the config file, a profile named by an overri
 """
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import copy
 import dataclasses
 import difflib
 import dis
+import functools
+import os
 import pathlib
 import re
 import runpy
+import select
 import sys
 import traceback
 from typing import Any
@@ -19,12 +23,13 @@ from typing import Any
 from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
 
-from hbpo_jax import config, gin_front
+from hbpo_jax import commands, config, gin_front, usage
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 # Settings of `evaluate` that may be written without their section, as its users do in every call.
 _SHORT = {"benchmarks": "eval.benchmarks", "max_new_tokens": "eval.max_new_tokens"}
-_HELP = ("-h", "-help", "--help", "-?", "--helpfull", "--helpshort")
+_HELP = re.compile(r"(-h|-\?|--?help|--?helpshort|(?P<full>--?helpfull))(=(?P<topic>.*))?")
+_BROKEN_PIPE = 141  # As a shell says of a program that SIGPIPE ended.
 # Trouble with files is the reader's to mend wherever it was raised.
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
@@ -36,7 +41,7 @@ class CommandLine:
   workdir: str
 
 
-def run(main: Callable[[config.Config, str], Any], *, name: str, description: str,
+def run(main: Callable[[config.Config, str], Any], *, name: str, description: str = "",
         argv: Sequence[str] | None = None, needs_workdir: bool = True) -> None:
   """Runs `main(cfg, workdir)` with the settings of the command line.
 
@@ -45,27 +50,81 @@ def run(main: Callable[[config.Config, str], Any], *, name: str, description: st
 
   Args:
     main: the command, (cfg, workdir) -> anything.
-    name: how the command is called, such as "python -m hbpo_jax.train".
-    description: what it does; the text of --help.
+    name: of the command, a row of `commands.COMMANDS`, or how one without a row is called.
+    description: what a command without a row does; the text of --help.
     argv: arguments after the program name; None means those of the process.
     needs_workdir: whether a command line without --workdir is refused; else `main` gets ''.
   Raises:
-    SystemExit: 0 after --help, 2 after an error of the user's.
+    SystemExit: 0 after --help, 2 after an error of the user's, 141 when whoever read the output has gone.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
-  if any(a in _HELP for a in arguments):
-    print(usage(name, description))
-    sys.exit(0)
-  try:
+  show_help(name, arguments, description)
+  with one_line_errors(arguments):
     line = parse(arguments, name=name, needs_workdir=needs_workdir)
     main(line.cfg, line.workdir)
+
+
+@contextlib.contextmanager
+def one_line_errors(argv: Sequence[str]) -> Iterator[None]:
+  """A context that ends a command as users expect: see `run`.
+
+  Args:
+    argv: the command's arguments.
+  Raises:
+    SystemExit: 2 after an error of the user's, 141 when whoever read the output has gone (`| head`).
+  """
+  try:
+    try:
+      yield
+    except SystemExit:
+      _flush()
+      raise
+    _flush()
+  except BrokenPipeError:
+    if not _reader_is_gone():
+      raise
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(_BROKEN_PIPE)
   except (ValueError, *_FILE_ERRORS) as error:
     if not is_meant_for_user(error):
       raise
-    if wants_traceback(arguments):
+    if wants_traceback(argv):
       traceback.print_exc()
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def show_help(name: str, argv: Sequence[str] | None = None, description: str = "") -> None:
+  """Prints the help that the arguments ask for and ends the program; returns where they ask for none.
+
+  A module that takes seconds to import calls it before its other imports, so that help comes at once.
+
+  Args:
+    name, description: as in `run`.
+    argv: arguments after the program name; None means those of the process.
+  Raises:
+    SystemExit: 0 after the help, 2 when it is asked about something that does not exist.
+  """
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  asked = [(i, found) for i, a in enumerate(arguments) if (found := _HELP.fullmatch(a))]
+  if not asked:
+    return
+  at, found = asked[0]
+  topic = found["topic"] or next((a for a in arguments[at + 1:at + 2] if not a.startswith("-")), "")
+  row = commands.COMMANDS.get(name)
+  called = commands.called(name) if row else name
+  row = row or commands.Command(description, settings=commands.COMMANDS["train"].settings)
+  with one_line_errors(arguments):
+    source = _config_source(arguments) if row.settings else None
+    values, whose = config.Config(), "the paper's defaults (a config's profile and file may differ)"
+    if source is not None:
+      values, whose = load_config(source), f"those of --config={source}"
+    value = functools.partial(config.get, values)
+    if topic and row.settings:
+      print(usage.topic_page(topic, value, whose))
+    else:
+      print((usage.full_page if found["full"] else usage.page)(called, row, config_names(), value, whose))
+  sys.exit(0)
 
 
 def parse(argv: Sequence[str], *, name: str = "hbpo_jax", needs_workdir: bool = True) -> CommandLine:
@@ -121,7 +180,8 @@ def build(base: config_dict.ConfigDict, overrides: dict[str, Any]) -> config.Con
     try:
       (config.get(cd, parent) if parent else cd)[leaf] = value
     except TypeError as error:
-      raise ValueError(f"config.{name}={value!r} has the wrong type; give {_kind(table[name].type)}.") from error
+      raise ValueError(
+          f"config.{name}={value!r} has the wrong type; give {usage.type_words(table[name].type)}.") from error
   return config.from_config_dict(cd)
 
 
@@ -171,25 +231,6 @@ def load_config(source: str) -> config_dict.ConfigDict:
   return cd
 
 
-def usage(name: str, description: str) -> str:
-  """The text of --help: the command, its flags, and every setting with its default and meaning."""
-  lines = [
-      description.strip(), "",
-      f"usage: {name} --config=NAME_OR_FILE --workdir=DIR [--config.field=value ...]", "",
-      f"  --config=NAME_OR_FILE  a file with get_config(), or one of: {', '.join(config_names())}",
-      "  --config.field=value   override a setting (below); tuples as 16,32; 'none' clears an optional number",
-      "  --workdir=DIR          directory of everything the run writes",
-      "  --gin_file=FILE        gin file with the same settings, such as RolloutConfig.queries = 8 (repeatable)",
-      "  --gin_param=BINDING    one gin binding (repeatable); overrides go: config file, gin, --config.field",
-      "  --traceback            show where an error was raised",
-      "  --help                 this text", "",
-      "settings, with the paper's defaults; a config's profile and file may differ:", "",
-  ]
-  for field, f in config.field_table().items():
-    lines += [f"  --config.{field}={_show(f.default)}", f"      {f.metadata['help']}"]
-  return "\n".join(lines)
-
-
 def wants_traceback(argv: Sequence[str]) -> bool:
   """Whether --traceback was given; asked before parsing, so that it also serves errors of parsing."""
   return any(a in ("--traceback", "--traceback=true", "-traceback") for a in argv)
@@ -224,6 +265,15 @@ def _normalise(argv: Sequence[str]) -> tuple[str | None, dict[str, None], list[s
   return source, cleared, rest
 
 
+def _config_source(argv: Sequence[str]) -> str | None:
+  """What --config names, in arguments that may not be understood otherwise."""
+  for argument, after in zip(argv, [*argv[1:], "--"]):
+    flag, equals, text = argument.partition("=")
+    if flag in ("--config", "-config") and (equals or not after.startswith("-")):
+      return text if equals else after
+  return None
+
+
 def _field(flag: str) -> str:
   """The dotted field of --config.FIELD or --noconfig.FIELD; '' for --config itself."""
   negated = flag.lstrip("-").startswith("no")
@@ -256,7 +306,7 @@ def _tuple_text(field: str, text: str) -> str:
   try:
     value = ast.literal_eval(text or "()")
   except (ValueError, SyntaxError) as error:
-    raise ValueError(f"config.{field}={text!r} has the wrong type; give {_kind(kind)}.") from error
+    raise ValueError(f"config.{field}={text!r} has the wrong type; give {usage.type_words(kind)}.") from error
   return repr(tuple(value) if isinstance(value, (tuple, list)) else (value,))
 
 
@@ -264,21 +314,21 @@ def _explain(message: str) -> str:
   """absl's message, in our words where a setting's value is at fault."""
   if bad := re.match(r"flag --(?:no)?config\.([\w.]+)=(.*?): ", message, flags=re.DOTALL):
     kind = config.field_table()[bad[1]].type
-    return f"config.{bad[1]}={bad[2]!r} has the wrong type; give {_kind(kind)}."
+    return f"config.{bad[1]}={bad[2]!r} has the wrong type; give {usage.type_words(kind)}."
   return f"{message.rstrip('.')}; --help lists all flags."
 
 
-def _kind(kind: Any) -> str:
-  return {
-      int: "an integer", float: "a number", bool: "true or false", str: "text", float | None: "a number or none",
-      tuple[int, ...]: "integers such as 512,1024", tuple[str, ...]: "texts such as a,b",
-  }[kind]
+def _flush() -> None:
+  # Before the interpreter does it, which makes a traceback of a reader that has gone.
+  if sys.stdout is not None:
+    sys.stdout.flush()
 
 
-def _show(value: Any) -> str:
-  if isinstance(value, tuple):
-    return ",".join(map(str, value)) or "()"
-  return {True: "true", False: "false", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+def _reader_is_gone() -> bool:
+  """Whether nobody reads the standard output any more; a pipe of this program's own may break as well."""
+  poll = select.poll()
+  poll.register(sys.stdout.fileno(), 0)
+  return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _text(error: BaseException) -> str:

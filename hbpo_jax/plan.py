@@ -10,6 +10,11 @@ contents of plan.json are all that standard output gets. With --sweep it tries s
 slots and model.remat, and compiles the best few. Exit code 0 if it fits, 1 if not, 2 if the settings cannot be planned.
 """
 
+from hbpo_jax import flags
+
+if __name__ == "__main__":
+  flags.show_help("plan")  # Before the imports below, which take seconds.
+
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -21,7 +26,7 @@ from typing import Any
 
 import jax
 
-from hbpo_jax import flags
+from hbpo_jax import commands
 from hbpo_jax.config import Config
 from hbpo_jax.files import atomic_write_text, json_value
 from hbpo_jax.planning import advice, chips, estimate, job, programs, show, sweep
@@ -29,16 +34,7 @@ from hbpo_jax.planning import compile as compile_lib
 from hbpo_jax.planning.estimate import Estimate, Lengths
 from hbpo_jax.reporting.console import Console
 
-_OPTIONS = ("topology", "mean_tokens", "mean_prompt_tokens", "jobs")
-_HELP = """Say whether a run fits on a TPU topology, how long a step takes and what the run costs, without a TPU.
-
-  --topology=NAME          chips to plan for, such as v5e:4x4, v6e:2x4, v5p:2x2x2
-  --sweep                  try splits of the mesh, micro-batches, slots and model.remat, and rank them
-  --json                   write one JSON object to standard output, everything else to standard error
-  --mean_tokens=N          assumed mean length of a response; default: each budget's own
-  --mean_prompt_tokens=N   assumed mean length of a prompt; default: a quarter of data.max_prompt_tokens
-  --jobs=N                 programs compiled at a time; default: 1
-  --workdir=DIR            may be left out: then nothing is written to files"""
+_OPTIONS = {o.name: bool(o.metavar) for o in commands.COMMANDS["plan"].options}  # and whether they take a value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +55,9 @@ def split_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
   while todo:
     argument = todo.pop(0)
     name, equals, text = argument.lstrip("-").partition("=")
-    if argument.startswith("-") and name in ("sweep", "json"):
+    if argument.startswith("-") and _OPTIONS.get(name) is False:
       found[name] = text.lower() not in ("false", "0")
-    elif argument.startswith("-") and name in _OPTIONS:
+    elif argument.startswith("-") and _OPTIONS.get(name):
       found[name] = text if equals or not todo or todo[0].startswith("-") else todo.pop(0)
     else:
       rest.append(argument)
@@ -186,8 +182,11 @@ def _write(
   return content
 
 
+def cli(argv: Sequence[str] | None = None) -> None:
+  """Runs the command with these arguments; None means the process's."""
+  own, others = split_options(sys.argv[1:] if argv is None else argv)
+  flags.run(functools.partial(main, options=own), name="plan", argv=others, needs_workdir=False)
+
+
 if __name__ == "__main__":
-  own, others = split_options(sys.argv[1:])
-  flags.run(
-      functools.partial(main, options=own), name="python -m hbpo_jax.plan", description=_HELP, argv=others,
-      needs_workdir=False)
+  cli()

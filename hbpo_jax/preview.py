@@ -7,6 +7,11 @@ reward_curves.png, advantages.png. Where DIR is an evaluation, or a run with a m
 tell which share of responses is concerned.
 """
 
+from hbpo_jax import flags
+
+if __name__ == "__main__":
+  flags.show_help("preview")  # Before the imports below, which take seconds.
+
 from collections.abc import Sequence
 import dataclasses
 import json
@@ -18,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 import numpy as np
 
-from hbpo_jax import flags, run_info, validation
+from hbpo_jax import run_info, validation
 from hbpo_jax.config import Config
 from hbpo_jax.evaluation import store
 from hbpo_jax.files import atomic_write_text, json_value, read_rows
@@ -231,6 +236,10 @@ def main(cfg: Config, workdir: str) -> None:
     console.message(f"\nsee {pathlib.Path(workdir) / 'preview' / 'preview.md'}")
 
 
+def cli(argv: Sequence[str] | None = None) -> None:
+  """Runs the command with these arguments; None means the process's."""
+  flags.run(main, name="preview", argv=argv)
+
+
 if __name__ == "__main__":
-  flags.run(main, name="python -m hbpo_jax.preview", description=(
-      "Show what a configuration rewards, and warn of what it rewards by accident."))
+  cli()

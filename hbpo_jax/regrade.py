@@ -237,7 +237,11 @@ def main(cfg: Config, workdir: str) -> None:
     console.message(f"see {target}")
 
 
-if __name__ == "__main__":
+def cli(argv: Sequence[str] | None = None) -> None:
+  """Runs the command with these arguments; None means the process's."""
   os.environ.setdefault("JAX_PLATFORMS", "cpu")  # A training run may hold the accelerator; a reward needs none.
-  flags.run(main, name="python -m hbpo_jax.regrade", description=(
-      "Grade the responses of an evaluation again, without the model, and say where the verdicts differ."))
+  flags.run(main, name="regrade", argv=argv)
+
+
+if __name__ == "__main__":
+  cli()

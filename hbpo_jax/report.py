@@ -4,15 +4,18 @@
   python -m hbpo_jax.report base=eval/base trained=eval/trained --out=report
 """
 
+from hbpo_jax import flags
+
+if __name__ == "__main__":
+  flags.show_help("report")  # Before the imports below, which take seconds.
+
 import argparse
 from collections.abc import Sequence
 import os
 import pathlib
 import sys
-import traceback
 from typing import NoReturn
 
-from hbpo_jax import flags
 from hbpo_jax.files import atomic_write_bytes, atomic_write_text
 from hbpo_jax.reporting import page, runs, sample_view
 
@@ -25,22 +28,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-  """The arguments: runs, out, title, samples, traceback.
+  """The arguments: runs, out, title, samples, traceback; what they mean is in `commands.COMMANDS`.
 
   Raises:
     ValueError: when they are not understood.
-    SystemExit: 0 after --help.
   """
-  parser = _Parser(prog="python -m hbpo_jax.report", allow_abbrev=False, description=(
-      "Make one self-contained page, with Markdown, LaTeX tables and figures, from training runs and evaluations."))
-  parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help=(
-      "directory of a training run (with its evaluations) or of an evaluation; NAME is what the report calls it"))
-  parser.add_argument("--out", required=True, metavar="DIR", help=(
-      "where index.html, report.md, tables.tex and plots/ go; what is there by these names is replaced"))
-  parser.add_argument("--title", default="", help="heading of the report (default: the runs' names)")
-  parser.add_argument("--samples", type=int, default=sample_view.MOST, metavar="N", help=(
-      "most pairs of problem and mode whose responses are on the page (default: %(default)s)"))
-  parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+  parser = _Parser(prog="report", allow_abbrev=False, add_help=False)
+  parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN")
+  parser.add_argument("--out", required=True, metavar="DIR")
+  parser.add_argument("--title", default="")
+  parser.add_argument("--samples", type=int, default=sample_view.MOST, metavar="N")
+  parser.add_argument("--traceback", action="store_true")
   return parser.parse_args(argv)
 
 
@@ -81,17 +79,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     SystemExit: 0 after --help, 2 after an error of the user's.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
-  try:
+  flags.show_help("report", arguments)
+  with flags.one_line_errors(arguments):
     write(parse(arguments))
-  except (ValueError, OSError) as error:
-    if not flags.is_meant_for_user(error):
-      raise
-    if flags.wants_traceback(arguments):
-      traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+
+
+def cli(argv: Sequence[str] | None = None) -> None:
+  """Runs the command with these arguments; None means the process's."""
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # A training run may hold the accelerator; reward curves need none.
+  main(argv)
 
 
 if __name__ == "__main__":
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # A training run may hold the accelerator; reward curves need none.
-  main()
+  cli()

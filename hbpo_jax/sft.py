@@ -5,6 +5,12 @@
 Writes a Hugging Face checkpoint to WORKDIR/export, which `hbpo_jax.train` takes as model.path.
 """
 
+from hbpo_jax import flags
+
+if __name__ == "__main__":
+  flags.show_help("sft")  # Before the imports below, which take seconds.
+
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import functools
@@ -16,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hbpo_jax import assemble, distributed, flags, run_info, validation
+from hbpo_jax import assemble, distributed, run_info, validation
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config, LoraConfig
 from hbpo_jax.data import problems as problems_lib
@@ -111,5 +117,10 @@ def new_model(cfg: Config) -> tuple[assemble.Model, Any, Any]:
   return model, params, tokenizer
 
 
+def cli(argv: Sequence[str] | None = None) -> None:
+  """Runs the command with these arguments; None means the process's."""
+  flags.run(main, name="sft", argv=argv)
+
+
 if __name__ == "__main__":
-  flags.run(main, name="python -m hbpo_jax.sft", description="Supervised warm start on worked responses.")
+  cli()

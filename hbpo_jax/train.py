@@ -5,6 +5,11 @@
 Running the same command again continues from the newest good checkpoint in WORKDIR.
 """
 
+from hbpo_jax import flags
+
+if __name__ == "__main__":
+  flags.show_help("train")  # Before the imports below, which take seconds.
+
 from collections.abc import Callable, Sequence
 from concurrent import futures
 import contextlib
@@ -18,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hbpo_jax import assemble, distributed, flags, preview, run_info, throughput
+from hbpo_jax import assemble, distributed, preview, run_info, throughput
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config
 from hbpo_jax.data import problems as problems_lib
@@ -323,5 +328,10 @@ def _header(cfg: Config, model: assemble.Model, data: Pipeline, n_eval: int, sta
   return lines + ([f"resuming: {start} of {cfg.steps} steps are done"] if start else [])
 
 
+def cli(argv: Sequence[str] | None = None) -> None:
+  """Runs the command with these arguments; None means the process's."""
+  flags.run(main, name="train", argv=argv)
+
+
 if __name__ == "__main__":
-  flags.run(main, name="python -m hbpo_jax.train", description="Train a Hugging Face checkpoint with HBPO.")
+  cli()

@@ -10,7 +10,7 @@ from typing import Any
 
 from hbpo_jax import config
 
-_CHOICES = {
+CHOICES = {
     "profile": tuple(config.PROFILES),
     "pipeline": ("on_policy", "one_step_off"),
     "model.compute_dtype": ("bfloat16", "float32"),
@@ -154,7 +154,7 @@ def _require(holds: bool, cfg: config.Config, field: str, problem: str, remedy: 
 
 
 def _check_each_alone(cfg: config.Config) -> None:
-  for field, choices in _CHOICES.items():
+  for field, choices in CHOICES.items():
     _require(config.get(cfg, field) in choices, cfg, field, "does not exist",
              f"choose one of {', '.join(map(str, choices))}")
   for field, least in _AT_LEAST.items():

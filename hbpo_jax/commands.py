@@ -1,0 +1,104 @@
+"""The commands, each a module of this package with a function `cli`: the table behind `hbpo`, --help and completion.
+
+A new command is a row here. No command is imported, so that help and completion come at once.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+  """A flag, --name=METAVAR, or a switch where there is no metavar.
+
+  values: what a shell completes: 'directory', 'file', 'config', or a list of texts.
+  """
+  name: str
+  metavar: str
+  help: str
+  values: str | tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """What `hbpo NAME` does.
+
+  summary: a sentence.
+  settings: those that --help shows, and its sections have all; without any, the command takes no --config.
+  options: its own flags.
+  arguments: what follows the flags in the usage line.
+  needs_workdir: whether --workdir must be given.
+  """
+  summary: str
+  settings: tuple[str, ...] = ()
+  options: tuple[Option, ...] = ()
+  arguments: str = ""
+  needs_workdir: bool = True
+
+
+# Of every command that takes settings.
+COMMON = (
+    Option("config", "NAME_OR_FILE", "A shipped config by its name, or a Python file with get_config().", "config"),
+    Option("workdir", "DIR", "Directory of everything the command writes.", "directory"),
+    Option("gin_file", "FILE", "Gin file with the same settings, as RolloutConfig.queries = 8 (repeatable).", "file"),
+    Option("gin_param", "BINDING", "One gin binding (repeatable). The order is: config file, gin, --config.FIELD."),
+    Option("traceback", "", "Show where an error was raised."),
+)
+
+_BUDGETS = ("rollout.queries", "rollout.rollouts_per_query", "rollout.budgets", "reward.max_response_tokens")
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "Train a Hugging Face checkpoint with HBPO; the same command again continues a run that stopped.",
+        ("profile", "seed", "steps", "model.path", "lora.rank", "data.source", "data.n_eval", *_BUDGETS,
+         "reward.grader", "optimizer.learning_rate", "learner.minibatches", "learner.microbatch_rows", "mesh.data",
+         "mesh.fsdp", "mesh.tensor", "checkpoint.save_every", "eval.every", "log.wandb_project")),
+    "sft": Command(
+        "Train on worked responses before HBPO, from a checkpoint or from a small new model.",
+        ("seed", "data.source", "sft.path", "sft.steps", "sft.rows", "sft.learning_rate", "sft.budget_share",
+         "sft.hidden_size", "sft.n_layers")),
+    "evaluate": Command(
+        "Measure accuracy and tokens of a checkpoint on benchmarks; the same command again continues.",
+        ("model.path", "eval.benchmarks", "eval.modes", "eval.samples_per_problem", "eval.max_new_tokens", "eval.limit",
+         "eval.temperature", "eval.top_p", "rollout.budgets", "rollout.slots")),
+    "regrade": Command(
+        "Grade the responses of an evaluation again, without the model, and say where the verdicts differ.",
+        ("reward.grader", "reward.form", "reward.max_response_tokens", "grading.workers", "grading.cpu_seconds")),
+    "report": Command(
+        "Make one self-contained page, with Markdown, LaTeX tables and figures, from training runs and evaluations.",
+        options=(
+            Option("out", "DIR", "Where index.html, report.md, tables.tex and plots/ go, in place of earlier ones.",
+                   "directory"),
+            Option("title", "TEXT", "Heading of the report; default: the runs' names."),
+            Option("samples", "N", "Most pairs of problem and mode whose responses are on the page; default: 200."),
+            Option("traceback", "", "Show where an error was raised.")),
+        arguments="[NAME=]RUN ... --out=DIR"),
+    "preview": Command(
+        "Show what a configuration rewards, and warn of what it rewards by accident.",
+        ("profile", *_BUDGETS, "rollout.caps", "reward.form", "reward.alpha", "reward.unfinished_reward",
+         "advantage.intra_coef", "advantage.center_intra")),
+    "plan": Command(
+        "Say whether a run fits on a TPU topology, how long a step takes and what the run costs, without a TPU.",
+        ("model.path", "model.preset", "model.remat", *_BUDGETS, "rollout.slots", "learner.microbatch_rows",
+         "mesh.data", "mesh.fsdp", "mesh.tensor"),
+        (Option("topology", "NAME", "Chips to plan for, such as v5e:4x4, v6e:2x4, v5p:2x2x2."),
+         Option("sweep", "", "Try splits of the mesh, micro-batches, slots and model.remat, and rank them."),
+         Option("json", "", "Write one JSON object to standard output, everything else to standard error."),
+         Option("mean_tokens", "N", "Assumed mean length of a response; default: each budget's own."),
+         Option("mean_prompt_tokens", "N",
+                "Assumed mean length of a prompt; default: a quarter of data.max_prompt_tokens."),
+         Option("jobs", "N", "Programs compiled at a time; default: 1.")),
+        needs_workdir=False),
+    "doctor": Command(
+        "Compare the sampler's log-probabilities with the trainer's, and say what is wrong.",
+        ("model.path", "model.compute_dtype", "data.source", "rollout.budgets", "rollout.temperature",
+         "rollout.prefill_kernel", "rollout.decode_kernel", "learner.attention_kernel")),
+}
+
+
+def called(name: str) -> str:
+  """How a command was started: as `hbpo NAME`, `python -m hbpo_jax NAME` or `python -m hbpo_jax.NAME`."""
+  program = pathlib.Path(sys.argv[0])
+  if program.name == f"{name}.py":
+    return f"python -m hbpo_jax.{name}"
+  return f"python -m hbpo_jax {name}" if program.name == "__main__.py" else f"hbpo {name}"
