@@ -4,6 +4,7 @@
 #   TORCH=torch          requirement for PyTorch, which only the tests use, as a reference
 #   TORCH_INDEX=URL      index to take it from; without one, Linux gets a build with CUDA, of several GB:
 #                        make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   UV=uv                uv (https://docs.astral.sh/uv), which only the lock needs
 
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
@@ -17,11 +18,12 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 
 VENV := .venv
 BIN := $(VENV)/bin
+UV ?= uv
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart warmstart miniature test test-all lint bench clean
+.PHONY: help setup quickstart miniature test test-all lint docs wheel lock check-lock bench clean
 
 help:  ## This list.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile | expand -t 22
@@ -42,24 +44,21 @@ $(VENV)/.test: pyproject.toml $(VENV)/.runtime
 	$(PIP) --editable '.[test,dev,gin]'
 	@touch $@
 
+$(VENV)/.docs: pyproject.toml $(VENV)/.runtime
+	@echo "installing the documentation's tools into $(VENV) ..."
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
 setup: $(VENV)/.test  ## Create .venv with the package, the test and the development tools.
 
 quickstart: $(VENV)/.runtime  ## Warm start, HBPO, the before/after table and a report, on a CPU (RUNS/quickstart).
-	@test -d $(RUNS)/quickstart/warmstart/export || $(MAKE) --no-print-directory warmstart
-	JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.train --config=configs/quickstart.py --workdir=$(RUNS)/quickstart \
-	  --config.model.path=$(RUNS)/quickstart/warmstart/export
-	JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.report $(RUNS)/quickstart --out=$(RUNS)/quickstart/report
-
-warmstart: $(VENV)/.runtime  ## Only the supervised warm start of the quickstart.
-	JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.sft --config=configs/quickstart.py --workdir=$(RUNS)/quickstart/warmstart
+	JAX_PLATFORMS=cpu $(BIN)/hbpo train --config=quickstart --workdir=$(RUNS)/quickstart
+	JAX_PLATFORMS=cpu $(BIN)/hbpo report $(RUNS)/quickstart --out=$(RUNS)/quickstart/report
 
 miniature: $(VENV)/.runtime  ## The quickstart on SEEDS (default: 0 1 2), each with its own warm start, and its tables.
 	@for seed in $(SEEDS); do \
-	  run=$(RUNS)/miniature/seed_$$seed; \
-	  JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.sft --config=configs/quickstart.py --workdir=$$run/warmstart \
+	  JAX_PLATFORMS=cpu $(BIN)/hbpo train --config=quickstart --workdir=$(RUNS)/miniature/seed_$$seed \
 	    --config.seed=$$seed || exit 1; \
-	  JAX_PLATFORMS=cpu $(BIN)/python -m hbpo_jax.train --config=configs/quickstart.py --workdir=$$run \
-	    --config.seed=$$seed --config.model.path=$$run/warmstart/export || exit 1; \
 	done
 	@for seed in $(SEEDS); do echo "seed $$seed"; cat $(RUNS)/miniature/seed_$$seed/summary.md; echo; done
 
@@ -72,6 +71,21 @@ test-all: $(VENV)/.test  ## All tests.
 lint: $(VENV)/.test  ## ruff and pyright.
 	$(BIN)/ruff check .
 	$(BIN)/pyright hbpo_jax
+
+docs: $(VENV)/.docs  ## The documentation, into build/site.
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+wheel: $(BIN)/python  ## The wheel and the source archive, into dist.
+	$(PIP) 'build>=1.2' 'twine>=6'
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
+lock:  ## Renew uv.lock, which pins what Cloud TPU workers and the image install (UPGRADE=1: with newer versions).
+	$(UV) lock $(if $(UPGRADE),--upgrade) --default-index https://pypi.org/simple
+
+check-lock:  ## Whether uv.lock goes with pyproject.toml.
+	$(UV) lock --check --default-index https://pypi.org/simple
 
 bench: $(VENV)/.test  ## Every script in benchmarks/ (ARGS=--quick: minutes); JSON lines on stdout.
 	@found=0; for script in benchmarks/*.py; do \

@@ -1,6 +1,6 @@
 """Ablation of the number of budgets (Table 3): 1 budget, from DeepScaleR-1.5B-Preview.
 
-Command:  python -m hbpo_jax.train --config=budgets_1 --workdir=runs/budgets_1
+Command:  hbpo train --config=budgets_1 --workdir=runs/budgets_1
 Time:     that of deepscaler_1p5b; not measured here.
 Expect:   the paper's average accuracy over GSM8K, MATH500, Olympiad and AIME25: 59.8 %
           (1, 2, 4, 6, 8 budgets: 59.8, 61.7, 63.7, 62.9, 62.9 %).

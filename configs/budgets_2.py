@@ -1,6 +1,6 @@
 """Ablation of the number of budgets (Table 3): 2 budgets, from DeepScaleR-1.5B-Preview.
 
-Command:  python -m hbpo_jax.train --config=budgets_2 --workdir=runs/budgets_2
+Command:  hbpo train --config=budgets_2 --workdir=runs/budgets_2
 Time:     that of deepscaler_1p5b; not measured here.
 Expect:   the paper's average accuracy over GSM8K, MATH500, Olympiad and AIME25: 61.7 %
           (1, 2, 4, 6, 8 budgets: 59.8, 61.7, 63.7, 62.9, 62.9 %).

@@ -1,6 +1,6 @@
 """The paper's run from DeepScaleR-1.5B-Preview (Section 4, Table 1), and the base of its ablations.
 
-Command:  python -m hbpo_jax.train --config=deepscaler_1p5b --workdir=runs/deepscaler_1p5b
+Command:  hbpo train --config=deepscaler_1p5b --workdir=runs/deepscaler_1p5b
           The profile is the paper's; --config.profile=released or hbpo runs the others.
 Time:     629 steps; not measured here. Memory as in r1_distill_qwen_1p5b.py: 16 chips of 16 GiB.
 Expect:   the paper's accuracy in % / mean tokens, natural mode, T 0.6, top-p 0.95:

@@ -1,6 +1,6 @@
 """Evaluates a checkpoint as the paper does: temperature 0.6, top-p 0.95, contexts up to 32,768 tokens.
 
-Command:  python -m hbpo_jax.evaluate --config=eval --workdir=runs/eval_r1 \\
+Command:  hbpo evaluate --config=eval --workdir=runs/eval_r1 \\
             --config.model.path=deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \\
             --config.benchmarks=gsm8k,math500,olympiadbench,aime25
 Time:     decided by the tokens. By the paper's lengths, R1-Distill-Qwen-1.5B writes about 11 million tokens in natural

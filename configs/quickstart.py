@@ -1,8 +1,7 @@
 """Learns, on two CPU cores in minutes and with no download, to think only as long as a problem needs.
 
-Command:  make quickstart, which runs
-          python -m hbpo_jax.sft --config=quickstart --workdir=runs/quickstart/warmstart
-          python -m hbpo_jax.train --config=quickstart --workdir=runs/quickstart
+Command:  hbpo train --config=quickstart --workdir=runs/quickstart
+          which begins with a warm start of a new model, in runs/quickstart/warmstart
 Time:     4 minutes on two CPU cores, warm start and both evaluations included.
 Expect:   about 40 % of the warm start's tokens, higher accuracy, and tokens that rise with difficulty. On 512 fresh
           problems, seeds 0, 1, 2, each with its own warm start: accuracy 90.2 -> 98.4, 92.2 -> 99.0, 87.1 -> 99.0 %,
@@ -19,7 +18,6 @@ def get_config():
   cfg = config.new("hbpo")
   cfg.steps = 100
 
-  cfg.model.path = "runs/quickstart/warmstart/export"
   cfg.model.compute_dtype = "float32"
   cfg.model.remat = "none"
 

@@ -1,6 +1,6 @@
 """Qwen3-0.6B on GSM8K, cut to fit one Colab TPU of 16 GiB.
 
-Command:  python -m hbpo_jax.train --config=qwen3_0p6b_gsm8k --workdir=runs/qwen3_0p6b_gsm8k
+Command:  hbpo train --config=qwen3_0p6b_gsm8k --workdir=runs/qwen3_0p6b_gsm8k
 Time:     not measured; by arithmetic on a v5e chip about 12 s a step (5 s to decode, the rest to score and update),
           so 40 minutes for 200 steps, and a few more for the evaluations before and after.
 Expect:   no published figures. Look for mean tokens falling and accuracy not; 200 steps of 4 queries are few and noisy.

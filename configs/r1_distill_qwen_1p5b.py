@@ -1,11 +1,11 @@
 """The paper's run from DeepSeek-R1-Distill-Qwen-1.5B (Section 4, Table 1): one epoch of DeepScaleR-Preview.
 
-Command:  python -m hbpo_jax.train --config=r1_distill_qwen_1p5b --workdir=runs/r1_distill_qwen_1p5b
+Command:  hbpo train --config=r1_distill_qwen_1p5b --workdir=runs/r1_distill_qwen_1p5b
           The profile is the paper's; --config.profile=released or hbpo runs the others.
 Time:     629 steps; not measured. Compiled ahead of time for a v5e:4x4 (16 chips) it needs 10.9 of 15.75 GiB a chip, in
           decoding: the sampler's weights 3.3, the prompts of a step 1.8, the cache of 32 responses 4.4. A step takes 37
           s by the chips' bandwidth and FLOPs, 60 s by the rough efficiencies of
-          python -m hbpo_jax.plan --config=r1_distill_qwen_1p5b --topology=v5e:4x4
+          hbpo plan --config=r1_distill_qwen_1p5b --topology=v5e:4x4
 Expect:   the paper's accuracy in % / mean tokens, natural mode, T 0.6, top-p 0.95:
 
               |        | GSM8K        | MATH500      | Olympiad      | AIME25        | average      |

@@ -1,6 +1,6 @@
 """Ablation of the reward (Table 4): budget-aware reward, from DeepScaleR-1.5B-Preview.
 
-Command:  python -m hbpo_jax.train --config=reward_budget_aware --workdir=runs/reward_budget_aware
+Command:  hbpo train --config=reward_budget_aware --workdir=runs/reward_budget_aware
 Time:     that of deepscaler_1p5b; not measured here.
 Expect:   the paper's average over GSM8K, MATH500, Olympiad and AIME25: 63.7 % / 2,364 tokens.
 Reward:   the piecewise reward of Eq. 1, as in deepscaler_1p5b; this file only keeps the ablation complete.

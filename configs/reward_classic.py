@@ -1,6 +1,6 @@
 """Ablation of the reward (Table 4): 0/1 reward, from DeepScaleR-1.5B-Preview.
 
-Command:  python -m hbpo_jax.train --config=reward_classic --workdir=runs/reward_classic
+Command:  hbpo train --config=reward_classic --workdir=runs/reward_classic
 Time:     that of deepscaler_1p5b; not measured here.
 Expect:   compare with reward_budget_aware (63.7 % / 2,364 tokens on average); the paper's Table 4 has the figures.
 Reward:   1 for a correct answer, whatever its length. There is no budget baseline, so A_intra is off.

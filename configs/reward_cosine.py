@@ -1,6 +1,6 @@
 """Ablation of the reward (Table 4): cosine reward, from DeepScaleR-1.5B-Preview.
 
-Command:  python -m hbpo_jax.train --config=reward_cosine --workdir=runs/reward_cosine
+Command:  hbpo train --config=reward_cosine --workdir=runs/reward_cosine
 Time:     that of deepscaler_1p5b; not measured here.
 Expect:   compare with reward_budget_aware (63.7 % / 2,364 tokens on average); the paper's Table 4 has the figures.
 Reward:   beta cos(pi n / 2 L_max) for a correct answer: shorter is better, at every budget. There is no

@@ -1,9 +1,8 @@
 """Exercises every stage of a run on a tiny model: does this installation work?
 
-Command:  python -m hbpo_jax.sft --config=smoke --workdir=runs/smoke/warmstart
-          python -m hbpo_jax.train --config=smoke --workdir=runs/smoke
+Command:  hbpo train --config=smoke --workdir=runs/smoke
 Time:     under a minute on two CPU cores, most of it compilation.
-Expect:   both commands end with exit code 0 and runs/smoke/summary.json exists; nothing is learnt in 3 steps.
+Expect:   the command ends with exit code 0, and runs/smoke/summary.json exists; nothing is learnt in 3 steps.
 """
 
 from hbpo_jax import config
@@ -13,7 +12,6 @@ def get_config():
   cfg = config.new("hbpo")
   cfg.steps = 3
 
-  cfg.model.path = "runs/smoke/warmstart/export"
   cfg.model.compute_dtype = "float32"
   cfg.model.remat = "none"
   cfg.sft.steps = 10

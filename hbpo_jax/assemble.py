@@ -52,7 +52,9 @@ def open_model(cfg: Config) -> Model:
   """
   validation.validate(cfg, n_devices=jax.device_count())
   if not cfg.model.path:
-    raise ValueError("model.path='' names no checkpoint; give a Hugging Face directory or hub id.")
+    raise ValueError(
+        "model.path='' names no checkpoint; give a Hugging Face directory or hub id (`train` leaves the model that it "
+        "makes for the synthetic task in WORKDIR/warmstart/export).")
   directory = weights.resolve(cfg.model.path, cfg.model.revision)
   arch = architecture.from_hf_config(directory)
   if cfg.model.preset:

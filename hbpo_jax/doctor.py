@@ -1,6 +1,6 @@
 """Do the sampler and the trainer compute the same probabilities? If not, why?
 
-  python -m hbpo_jax.doctor --config=quickstart --workdir=runs/doctor
+  python -m hbpo_jax.doctor --config=r1_distill_qwen_1p5b --workdir=runs/doctor
 
 Generates rollouts of the first training step with the training engine, scores the same tokens with the trainer's
 forward pass, and compares the log-probabilities token by token. Where they differ, the trainer's score is computed

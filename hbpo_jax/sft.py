@@ -2,7 +2,8 @@
 
   python -m hbpo_jax.sft --config=quickstart --workdir=runs/warmstart
 
-Writes a Hugging Face checkpoint to WORKDIR/export, which `hbpo_jax.train` takes as model.path.
+Writes a Hugging Face checkpoint to WORKDIR/export, which `hbpo_jax.train` takes as model.path. Where the settings have
+no model.path, but a task that brings a model of its own, `train` does all this first, in its WORKDIR/warmstart.
 """
 
 from hbpo_jax import flags
@@ -41,8 +42,61 @@ _VOCAB_MULTIPLE = 64  # Embedding rows are rounded up to this, so that they divi
 @distributed.on_every_host
 def main(cfg: Config, workdir: str) -> None:
   """Trains cfg.sft.steps updates and exports."""
-  root = pathlib.Path(workdir)
   assemble.keep_compiled_programs()
+  train(cfg, pathlib.Path(workdir))
+
+
+def with_model(cfg: Config, root: pathlib.Path) -> Config:
+  """The settings with a model: their own, or that of a warm start in root/warmstart, which is trained first.
+
+  Only settings without model.path get one, whose task brings a model of its own (data.source='synthetic', sft.path='').
+  A warm start that is complete is taken as it is, so that a run that is started again finds the same weights.
+
+  Args:
+    root: the working directory of the run.
+  Raises:
+    ValueError: when the warm start that is there was trained under other settings; names one of them.
+  """
+  if cfg.model.path or cfg.sft.path or cfg.data.source != "synthetic":
+    return cfg
+  validation.validate(cfg, n_devices=jax.device_count())  # Nothing is trained for a run that would be refused.
+  folder = root / "warmstart"
+  if not distributed.from_writer("the warm start", lambda: _is_complete(folder, cfg)):
+    train(cfg, folder, f"model.path is empty: a small model is made and trained first, in {folder}")
+    distributed.barrier("the end of the warm start")
+  return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=str(folder / "export")))
+
+
+# Settings that decide the weights of a warm start, by dotted prefix.
+_DECISIVE = (
+    "seed", "sft.", "model.compute_dtype", "model.param_dtype", "data.source", "data.limit", "data.max_prompt_tokens",
+    "data.synthetic.", "prompt.", "rollout.budgets", "reward.max_response_tokens", "optimizer.")
+
+
+def _is_complete(folder: pathlib.Path, cfg: Config) -> bool:
+  """Whether a folder holds a finished warm start, which must be one of these settings."""
+  if not (folder / "export" / "config.json").is_file():
+    return False
+  if not (folder / "run.json").is_file():
+    return True  # Somebody's own model, put there.
+  saved, wanted = config_lib.flatten(run_info.read_config(folder)), supervised_config(cfg)
+  for name in config_lib.field_table():
+    if not name.startswith(_DECISIVE) or name not in saved:
+      continue
+    here, there = config_lib.get(wanted, name), saved[name]
+    if here != (tuple(there) if isinstance(there, list) else there):
+      raise ValueError(
+          f"config.{name}={here!r}, but the warm start in {folder} was trained with {there!r}; set it back, remove that "
+          "folder, or give another --workdir.")
+  return True
+
+
+def train(cfg: Config, root: pathlib.Path, note: str = "") -> None:
+  """Trains cfg.sft.steps updates and writes root/export.
+
+  Args:
+    note: a line for the top of the output.
+  """
   cfg = supervised_config(cfg)
   if cfg.sft.path:
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=cfg.sft.path))
@@ -60,7 +114,7 @@ def main(cfg: Config, workdir: str) -> None:
 
   with contextlib.ExitStack() as stack:
     console = stack.enter_context(Console(cfg.log, cfg.sft.steps, file=distributed.output()))
-    console.header([f"warm start: {len(problems):,} problems ({data.n_dropped:,} dropped), {cfg.sft.steps} updates"])
+    console.header([*([note] if note else []), f"warm start: {len(problems):,} problems ({data.n_dropped:,} dropped), {cfg.sft.steps} updates"])
     writer = None
     if distributed.is_writer():
       writer = stack.enter_context(MetricWriter(root, cfg.log, config_lib.to_json_dict(cfg)))

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hbpo_jax import assemble, distributed, preview, run_info, throughput
+from hbpo_jax import assemble, distributed, preview, run_info, sft, throughput
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config
 from hbpo_jax.data import problems as problems_lib
@@ -263,8 +263,9 @@ def first_state(
 @distributed.on_every_host
 def main(cfg: Config, workdir: str) -> None:
   """Trains, evaluates before and after, exports, and writes the summary."""
-  wall_s, root = WallClock(), pathlib.Path(workdir)
+  root = pathlib.Path(workdir)
   assemble.keep_compiled_programs()
+  cfg, wall_s = sft.with_model(cfg, root), WallClock()
   # Everything that can be refused is refused here, before a weight is read.
   model = assemble.open_model(cfg)
   problems, eval_problems = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
