@@ -4,12 +4,14 @@
 means `--config.seed=1`. Needs the extra `gin`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import difflib
 import functools
 import pathlib
 import re
+import tokenize
 from typing import Any
 
 from hbpo_jax import config
@@ -41,19 +43,32 @@ def read(files: Sequence[str], params: Sequence[str]) -> dict[str, Any]:
   except ImportError as error:
     raise ValueError(
         "--gin_file and --gin_param need gin-config, which is missing; run: pip install 'hbpo_jax[gin]'.") from error
-  for path in files:
-    if not pathlib.Path(path).is_file():
+  paths = [pathlib.Path(path).expanduser() for path in files]  # No shell expands the ~ of --gin_file=~/my.gin.
+  for path in paths:
+    if not path.is_file():
       raise FileNotFoundError(f"--gin_file={path} does not exist; give the path of a gin file.")
   _register()
   gin.clear_config()
   try:
-    gin.parse_config_files_and_bindings(list(files), list(params), finalize_config=False)
-    _refuse_scopes(gin.config_str())
-    return _bound(gin)
-  except (ValueError, SyntaxError, TypeError, OSError, ImportError) as error:
-    raise ValueError(f"gin: {_one_line(error)}; {_hint(str(error))}") from error
+    for path in paths:
+      with _named(f"--gin_file={path}: "):
+        gin.parse_config_file(str(path))
+    with _named(""):
+      gin.parse_config(list(params))
+      _refuse_scopes(gin.config_str())
+      return _bound(gin)
   finally:
     gin.clear_config()
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+  """A context in which gin's errors become one line of ours."""
+  try:
+    yield
+  except (ValueError, SyntaxError, TypeError, OSError, ImportError, tokenize.TokenError) as error:
+    text = error.args[0] if isinstance(error, tokenize.TokenError) else _one_line(error)
+    raise ValueError(f"gin: {where}{text}; {_hint(str(error))}") from error
 
 
 @functools.cache
