@@ -25,7 +25,8 @@ def setting(default: Any, help: str) -> Any:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The checkpoint, and how it computes."""
-  path: str = setting("", "Directory of a Hugging Face checkpoint, or a hub id.")
+  path: str = setting(
+      "", "Directory of a Hugging Face checkpoint, or a hub id; empty: train makes a new model for the synthetic task.")
   revision: str = setting("", "Hub revision; empty means the default branch.")
   preset: str = setting("", "Architecture preset (hbpo_jax.models.presets); compared with the checkpoint at load.")
   compute_dtype: str = setting("bfloat16", "dtype of activations and matmuls: bfloat16 or float32.")

@@ -86,8 +86,8 @@ def _is_complete(folder: pathlib.Path, cfg: Config) -> bool:
     here, there = config_lib.get(wanted, name), saved[name]
     if here != (tuple(there) if isinstance(there, list) else there):
       raise ValueError(
-          f"config.{name}={here!r}, but the warm start in {folder} was trained with {there!r}; set it back, remove that "
-          "folder, or give another --workdir.")
+          f"config.{name}={here!r}, but the warm start in {folder} was trained with {there!r}; set it back, "
+          "remove that folder, or give another --workdir.")
   return True
 
 
@@ -114,7 +114,9 @@ def train(cfg: Config, root: pathlib.Path, note: str = "") -> None:
 
   with contextlib.ExitStack() as stack:
     console = stack.enter_context(Console(cfg.log, cfg.sft.steps, file=distributed.output()))
-    console.header([*([note] if note else []), f"warm start: {len(problems):,} problems ({data.n_dropped:,} dropped), {cfg.sft.steps} updates"])
+    console.header([
+        *([note] if note else []),
+        f"warm start: {len(problems):,} problems ({data.n_dropped:,} dropped), {cfg.sft.steps} updates"])
     writer = None
     if distributed.is_writer():
       writer = stack.enter_context(MetricWriter(root, cfg.log, config_lib.to_json_dict(cfg)))

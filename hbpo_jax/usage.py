@@ -170,6 +170,8 @@ def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:
   return lines
 
 
-def _wrap(text: str, **indents: str) -> list[str]:
+def _wrap(text: str, initial_indent: str = "", subsequent_indent: str = "") -> list[str]:
   width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
-  return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False, **indents)
+  return textwrap.wrap(
+      text, width, initial_indent=initial_indent, subsequent_indent=subsequent_indent, break_long_words=False,
+      break_on_hyphens=False)
