@@ -15,6 +15,11 @@ import hbpo_jax
 from hbpo_jax import cli, commands, config, flags, plan, report, usage
 
 
+@pytest.fixture(autouse=True)
+def called_as_hbpo(monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["/usr/bin/hbpo"])
+
+
 def ends(capsys, *argv, code=0) -> str:
   """What `hbpo ARGV` prints, after checking its exit code; on stderr where that is 2."""
   try:
@@ -101,7 +106,7 @@ def test_help_comes_without_jax_and_says_how_it_was_called(repo_root, name):
 
 def test_help_shows_the_settings_that_are_changed_most_and_where_the_others_are(capsys):
   out = ends(capsys, "train", "--help")
-  shown = re.findall(r"^  --config\.([\w.]+)=", out, flags=re.MULTILINE)
+  shown = re.findall(r"^  --config\.([a-z][\w.]*)=", out, flags=re.MULTILINE)
   assert tuple(shown) == commands.COMMANDS["train"].settings
   assert "usage: hbpo train --config=NAME_OR_FILE --workdir=DIR" in out and "hbpo train --helpfull" in out
   for section in usage.sections():
@@ -110,7 +115,7 @@ def test_help_shows_the_settings_that_are_changed_most_and_where_the_others_are(
 
 def test_helpfull_shows_every_setting_by_section_with_its_type_and_choices(capsys):
   out = ends(capsys, "sft", "--helpfull")
-  assert re.findall(r"^  --config\.([\w.]+)=", out, flags=re.MULTILINE) == [
+  assert re.findall(r"^  --config\.([a-z][\w.]*)=", out, flags=re.MULTILINE) == [
       name for _, names in usage.sections().values() for name in names]
   assert ("\n\nreward: The reward of a response (Section 3.2).\n\n"
           "  --config.reward.form=piecewise  (piecewise | min | classic | cosine)\n") in out
@@ -185,8 +190,7 @@ def test_another_pipe_that_breaks_is_a_defect():
       raise BrokenPipeError
 
 
-def test_the_record_of_a_run_holds_the_command(tmp_path, monkeypatch):
-  monkeypatch.setattr(sys, "argv", ["/usr/bin/hbpo", "train"])
+def test_help_of_a_module(monkeypatch):
   assert commands.called("train") == "hbpo train"
   monkeypatch.setattr(sys, "argv", [str(pathlib.Path(hbpo_jax.__file__).with_name("train.py"))])
   assert commands.called("train") == "python -m hbpo_jax.train"

@@ -1,10 +1,9 @@
 """The completion scripts, in real shells on a terminal, and that they say all that the commands know."""
 
 import os
-import pty
 import re
+import select
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -31,25 +30,23 @@ def completed(shell, typed, folder):
   program, start = START[shell]
   script = folder / f"completion.{shell}"
   script.write_text(completion.script(shell))
-  pid, terminal = pty.fork()
-  if pid == 0:
-    os.chdir(folder)
-    environment = {k: v for k, v in os.environ.items() if k not in ("PROMPT_COMMAND", "ENV", "BASH_ENV")}
-    os.execvpe(program[0], program, environment | {"TERM": "dumb", "HOME": str(folder), "PS1": "$ "})
-  try:
+  environment = {k: v for k, v in os.environ.items() if k not in ("PROMPT_COMMAND", "ENV", "BASH_ENV")}
+  # A process of its own gives the shell its terminal: this one has threads, and must not fork.
+  with subprocess.Popen(
+      [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])", *program], cwd=folder, stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE, env=environment | {"TERM": "dumb", "HOME": str(folder), "PS1": "$ "}) as terminal:
     said = ""
     for line, wanted in ((start.format(script=script) + "; printf 'rea''dy\\n'", "ready"),
                          (f"hbpo {typed}; printf 'do''ne\\n'", "done")):
-      os.write(terminal, line.encode() + b"\n")
+      terminal.stdin.write(line.encode() + b"\n")
+      terminal.stdin.flush()
       deadline, said = time.monotonic() + 60, ""
       while f"{wanted}\r\n" not in said:
         assert time.monotonic() < deadline, said
-        said += os.read(terminal, 65536).decode(errors="replace")
-    return re.findall(r"<([^<>]*)>", said)
-  finally:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    os.close(terminal)
+        if select.select([terminal.stdout], [], [], 1)[0]:
+          said += os.read(terminal.stdout.fileno(), 65536).decode(errors="replace")
+    terminal.kill()
+  return re.findall(r"<([^<>]*)>", said)
 
 
 @pytest.mark.parametrize("shell", SHELLS)

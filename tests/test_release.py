@@ -49,7 +49,8 @@ def test_the_lock_goes_with_the_project(repo_root, project):
   assert own["source"] == {"editable": "."} and lock["requires-python"] == project["requires-python"]
 
   def normal(name, extras, specifier, extra):
-    return name.lower().replace("_", "-"), tuple(sorted(extras)), str(specifier), extra
+    plain = lambda text: text.lower().replace("_", "-")
+    return plain(name), tuple(sorted(map(plain, extras))), str(specifier), extra
 
   declared = {
       normal(r.name, r.extras, r.specifier, extra)
