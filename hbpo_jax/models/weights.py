@@ -11,12 +11,9 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub import errors as hub_errors
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -28,9 +25,6 @@ from hbpo_jax.models.parameters import Parameter
 from hbpo_jax.models.tensorfile import Tensor
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HUB_ERRORS = (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError, OSError)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 # Files that travel with the weights; everything else in a checkpoint (weights, README, ...) stays behind.
 _COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -39,43 +33,19 @@ _SAMPLE_BYTES = 2**20
 _BLOCK_BYTES = 8 * 2**20  # host memory of one piece on its way to the devices
 
 
-def resolve(path: str | os.PathLike, revision: str = "") -> pathlib.Path:
-  """The local directory of a checkpoint: `path` itself, or the download of the hub id ORG/NAME.
-
-  Raises:
-    FileNotFoundError: when it is neither, or the hub cannot be reached.
-  """
-  directory = pathlib.Path(path).expanduser()
-  if directory.is_dir():
-    return directory
-  if directory.exists() or not _HUB_ID.fullmatch(str(path)):
-    raise FileNotFoundError(
-        f"model.path={str(path)!r} is not a directory; give a Hugging Face checkpoint directory or a hub id such as "
-        "'Qwen/Qwen3-0.6B'.")
-  try:
-    local = huggingface_hub.snapshot_download(
-        str(path), revision=revision or None, allow_patterns=list(_HUB_PATTERNS))
-  except _HUB_ERRORS as error:
-    raise FileNotFoundError(
-        f"model.path={str(path)!r} is not a directory here, and model.revision={revision!r} of it could not be fetched "
-        f"from the Hugging Face hub ({type(error).__name__}); download it and give its directory.") from error
-  return pathlib.Path(local)
-
-
-def load(path: str | os.PathLike, arch: Architecture, mesh: Mesh, *, param_dtype: Any, revision: str = "") -> dict:
+def load(path: str | os.PathLike, arch: Architecture, mesh: Mesh, *, param_dtype: Any) -> dict:
   """Params of a checkpoint, sharded over the mesh.
 
   Each device is sent its own part of each tensor in pieces of a few MiB, so that the host never holds a tensor.
 
   Args:
-    path: checkpoint directory with model.safetensors or its shards and index, or a hub id.
+    path: checkpoint directory with model.safetensors or its shards and index.
     param_dtype: dtype of the params, whatever the file's (float32, bfloat16 or float16).
-    revision: hub revision; empty means the default branch.
   Raises:
     FileNotFoundError: when there are no such files.
     ValueError: when a tensor is missing, unknown or of another shape, or a file is corrupt; names it.
   """
-  directory = resolve(path, revision)
+  directory = pathlib.Path(path)
   tensors = _inspect(directory)
   _check(directory, tensors, arch)
   return parameters.nest({
