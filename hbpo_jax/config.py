@@ -202,7 +202,7 @@ class CheckpointConfig:
   save_every: int = setting(50, "Steps between checkpoints; 0 keeps only the last step's.")
   max_to_keep: int = setting(3, "Newest checkpoints kept.")
   export: bool = setting(True, "Write a Hugging Face export to WORKDIR/export at the end.")
-  push: str = setting("", "Hub repository ORG/NAME that gets the export at the end; empty means none.")
+  push: str = setting("", "Hub repository ORG/NAME that train pushes its export to at the end; empty means none.")
   push_private: bool = setting(True, "Whether a repository that the push makes is hidden from others.")
 
 

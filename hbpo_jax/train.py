@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hbpo_jax import assemble, distributed, flags, preview, run_info, throughput
+from hbpo_jax import assemble, distributed, export, flags, hub, preview, run_info, throughput
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config
 from hbpo_jax.data import problems as problems_lib
@@ -261,7 +261,8 @@ def main(cfg: Config, workdir: str) -> None:
   wall_s, root = WallClock(), pathlib.Path(workdir)
   assemble.keep_compiled_programs()
   # Everything that can be refused is refused here, before a weight is read.
-  model = assemble.open_model(cfg)
+  export.check_push(cfg)
+  model = assemble.open_model(cfg, root)
   problems, eval_problems = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
   data = Pipeline(problems, model.builder, cfg)
   engine = assemble.training_engine(cfg, model)
@@ -272,7 +273,8 @@ def main(cfg: Config, workdir: str) -> None:
     checkpoints = stack.enter_context(Checkpointer(root / "checkpoints", cfg.checkpoint))
     batches = iter(data)
     state, start, wall_s.earlier_s = first_state(cfg, model, learner, checkpoints, batches)
-    run_info.write_run_json(root, cfg, model.mesh, {"architecture": dataclasses.asdict(model.arch)})
+    run_info.write_run_json(root, cfg, model.mesh, {
+        "architecture": dataclasses.asdict(model.arch), "model_origin": hub.origin(model.directory)})
     reference = None
     if cfg.loss.kl_coef:
       reference = Reference(learner, _reference_params(cfg, model, learner))
@@ -290,9 +292,11 @@ def main(cfg: Config, workdir: str) -> None:
     state = trainer.train(state, start, wall_s)
     checkpoints.wait()
     if cfg.checkpoint.export:
-      weights.export(learner.whole(state.params), model.arch, model.directory, root / "export")
+      cards = export.cards_of_run(cfg, model.directory, int(state.step))
+      weights.export(learner.whole(state.params), model.arch, model.directory, root / "export", card=cards[""])
       if cfg.lora.rank:
-        lora.export(state.params, model.arch, cfg.lora, cfg.model.path, root / "adapter")
+        lora.export(state.params, model.arch, cfg.lora, cfg.model.path, root / export.ADAPTER,
+                    card=cards[export.ADAPTER])
     trained = evaluations.after(state)
     log.close()
     if distributed.is_writer():
@@ -302,6 +306,9 @@ def main(cfg: Config, workdir: str) -> None:
         console.table(tables.before_after(base, trained))
       console.message(summary_lib.headline(summary))
       console.message(f"see {root / 'summary.md'} and {root / 'plots'}")
+      if cfg.checkpoint.export:
+        export.update_cards(root, export.cards_of_run(cfg, model.directory, int(state.step), summary=summary))
+    export.push_run(cfg, root, console)
 
 
 def _reference_params(cfg: Config, model: assemble.Model, learner: Learner) -> Any:

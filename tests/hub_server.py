@@ -367,4 +367,5 @@ class _Front(_Base):
       elif row["key"] == "deletedFile":
         del files[value["path"]]
     name = repo.commit(files, revision, rows[0]["value"]["summary"])
-    return self.answer_json({"success": True, "commitOid": name, "commitUrl": f"{self.hub.address}/commit/{name}"})
+    url = f"{self.hub.address}{urlsplit(self.path).path.removeprefix('/api/models').partition('/commit/')[0]}"
+    return self.answer_json({"success": True, "commitOid": name, "commitUrl": f"{url}/commit/{name}"})

@@ -161,8 +161,9 @@ def _check_digest(source: Repository, file: Remote, part: pathlib.Path) -> None:
   if found != file.digest:
     part.unlink()
     raise HubError(
-        f"{source}: {file.path} came with another content (hash {found[:12]}...) than {repository.endpoint()} promises "
-        f"({file.digest[:12]}...), and was removed; try again, and if it stays so, mistrust the network or HF_ENDPOINT.")
+        f"{source}: {file.path} came with another content (hash {found[:12]}...) than {repository.endpoint()} "
+        f"promises ({file.digest[:12]}...), and was removed; try again, and if it stays so, mistrust the network or "
+        "HF_ENDPOINT.")
 
 
 def _check_space(source: Repository, files: Sequence[Remote], blobs: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ from hbpo_jax.hub.repository import HubError, shorten
 # Weights of an earlier push, which may have been cut into other files.
 _STALE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # The base of all errors of huggingface_hub's HTTP client, which is httpx or httpx2 by its version.
-_CLIENT_ERROR = hub_errors.HfHubHTTPError.__bases__[0]
+_CLIENT_ERROR: type[Exception] = hub_errors.HfHubHTTPError.__bases__[0]
 
 
 def check_repository(field: str, name: str) -> None:
@@ -27,12 +27,13 @@ def check_repository(field: str, name: str) -> None:
     raise ValueError(f"{field}={name!r} cannot be pushed to while HF_HUB_OFFLINE is set; unset it, or leave it empty.")
   if not huggingface_hub.get_token():
     raise ValueError(
-        f"{field}={name!r} needs a token that may write; set HF_TOKEN (from {repository.endpoint()}/settings/tokens) or "
-        "run 'hf auth login'.")
+        f"{field}={name!r} needs a token that may write; set HF_TOKEN (from {repository.endpoint()}/settings/tokens) "
+        "or run 'hf auth login'.")
 
 
 def push(
-    directory: str | os.PathLike, name: str, *, private: bool = False, revision: str = "", message: str = "") -> str:
+    directory: str | os.PathLike, name: str, *, folder: str = "", private: bool = True, revision: str = "",
+    message: str = "") -> str:
   """Uploads a directory to the model repository ORG/NAME, which is made if it does not exist.
 
   Weights that are there and not in the directory are removed; other files stay. A second call sends only what is not
@@ -41,6 +42,7 @@ def push(
   Args:
     directory: with everything that is to be pushed; hidden files stay behind.
     name: ORG/NAME.
+    folder: of the repository; '' is its top.
     private: whether a new repository is hidden from others.
     revision: branch, made if it does not exist; empty means the default branch.
     message: of the commit.
@@ -57,7 +59,7 @@ def push(
     if revision:
       api.create_branch(name, branch=revision, exist_ok=True)
     done = api.upload_folder(
-        repo_id=name, folder_path=pathlib.Path(directory), revision=revision or None,
+        repo_id=name, folder_path=pathlib.Path(directory), path_in_repo=folder or None, revision=revision or None,
         commit_message=message or "Upload model with hbpo_jax", ignore_patterns=[".*"], delete_patterns=list(_STALE))
   except (_CLIENT_ERROR, hub_errors.OfflineModeIsEnabled, OSError, RuntimeError, ValueError) as error:
     raise HubError(_explain(name, error)) from error

@@ -64,7 +64,8 @@ class Token(requests.auth.AuthBase):
 class Remote:
   """One file of a repository.
 
-  size: bytes.  digest: hex, SHA-256 of a file in large file storage, else git's SHA-1 of it; also its name in the cache.
+  size: bytes.
+  digest: hex, SHA-256 of a file in large file storage, else git's SHA-1 of it; also its name in the cache.
   """
   path: str
   size: int

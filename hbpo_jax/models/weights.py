@@ -24,11 +24,13 @@ from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.models.parameters import Parameter
 from hbpo_jax.models.tensorfile import Tensor
 
+CARD, GENERATION = "README.md", "generation_config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Files that travel with the weights; everything else in a checkpoint (weights, README, ...) stays behind.
 _COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", GENERATION)
 _SAMPLE_BYTES = 2**20
 _BLOCK_BYTES = 8 * 2**20  # host memory of one piece on its way to the devices
 
@@ -201,8 +203,9 @@ def export(
     *,
     dtype: Any = None,
     max_shard_bytes: int = 5 * 10**9,
+    card: str = "",
 ) -> pathlib.Path:
-  """Writes a checkpoint that transformers.AutoModelForCausalLM loads: safetensors, config.json, tokenizer.
+  """Writes a checkpoint that transformers and vLLM load: safetensors, configurations, tokenizer, model card.
 
   Written beside `out_dir` and renamed at the end: a partial export never looks complete. An earlier export there is
   replaced.
@@ -213,6 +216,7 @@ def export(
       tokenizer of a model that was born here.
     dtype: of the exported tensors; None = each tensor's own in `source`, or the params' with a tokenizer.
     max_shard_bytes: largest file; more tensors go to further files, named by an index.
+    card: text of README.md (`hbpo_jax.reporting.model_card`); '' writes none.
   Returns:
     out_dir.
   Raises:
@@ -245,6 +249,9 @@ def export(
       _copy_files(pathlib.Path(source), aside, config_dtype)
     else:
       _write_new_files(source, arch, aside, config_dtype)
+    _complete_generation_config(aside)
+    if card:
+      (aside / CARD).write_text(card, encoding="utf-8")
     swap(aside, out_dir)
   return out_dir
 
@@ -345,9 +352,17 @@ def _copy_files(source: pathlib.Path, directory: pathlib.Path, dtype: str) -> No
       shutil.copyfile(source / name, directory / name)
 
 
+def _complete_generation_config(directory: pathlib.Path) -> None:
+  """Where the source has no generation_config.json, one with the ids that config.json names."""
+  if not (directory / GENERATION).is_file():
+    config = architecture.read_json(directory / "config.json")
+    ids = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
+    write_json(directory / GENERATION, ids)
+
+
 def _write_new_files(tokenizer: Any, arch: Architecture, directory: pathlib.Path, dtype: str) -> None:
   config = architecture.to_hf_config(arch, dtype)
-  for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+  for key in _TOKEN_IDS:
     config[key] = getattr(tokenizer, key)
   write_json(directory / "config.json", config)
   tokenizer.save_pretrained(directory)
