@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 import transformers
 
-from hbpo_jax import run_info, validation
+from hbpo_jax import hub, run_info, validation
 from hbpo_jax.config import Config, LoraConfig
 from hbpo_jax.data.prompts import PromptBuilder
 from hbpo_jax.learning import checkpoint
@@ -44,9 +44,11 @@ class Model:
     return {"path": str(path), "fingerprint": files}
 
 
-def open_model(cfg: Config) -> Model:
+def open_model(cfg: Config, run: pathlib.Path | None = None) -> Model:
   """Checks the configuration against the devices and the checkpoint, and opens its tokenizer.
 
+  Args:
+    run: directory of a run that may have begun earlier: it keeps the commit of the hub that it began with.
   Raises:
     ValueError, FileNotFoundError: name the field or file, the value and the remedy.
   """
@@ -55,7 +57,8 @@ def open_model(cfg: Config) -> Model:
     raise ValueError(
         "model.path='' names no checkpoint; give a Hugging Face directory or hub id (`train` leaves the model that it "
         "makes for the synthetic task in WORKDIR/warmstart/export).")
-  directory = weights.resolve(cfg.model.path, cfg.model.revision)
+  revision = cfg.model.revision if run is None else run_info.first_revision(run, cfg)
+  directory = hub.checkpoint(cfg.model.path, revision)
   arch = architecture.from_hf_config(directory)
   if cfg.model.preset:
     presets.check_preset(cfg.model.preset, arch)
@@ -79,13 +82,22 @@ def open_for_evaluation(cfg: Config) -> Model:
   found = checkpoint.locate(cfg.model.path)
   source, revision = cfg.model.path, cfg.model.revision
   if found is not None:
-    settings = run_info.read_config(found[0])
-    source, revision = settings["model"]["path"], settings["model"]["revision"]
-  directory = weights.resolve(source, revision)
+    source, revision = base_of(found[0])
+  directory = hub.checkpoint(source, revision)
   arch = architecture.from_hf_config(directory)
   builder = PromptBuilder(load_tokenizer(directory, arch), cfg, str(directory))
   trained = pathlib.Path(cfg.model.path).expanduser() if found else None
   return Model(directory, arch, builder, *_make_meshes(cfg), trained)
+
+
+def base_of(run: pathlib.Path) -> tuple[str, str]:
+  """(path or hub id, revision) of the model that a run began with: of the hub, the very commit.
+
+  Raises:
+    FileNotFoundError, ValueError: when run.json is missing or damaged.
+  """
+  settings, origin = run_info.read_config(run)["model"], run_info.read_origin(run)
+  return settings["path"], origin["commit"] if origin else settings["revision"]
 
 
 def _make_meshes(cfg: Config) -> tuple[Mesh, Mesh]:
@@ -106,18 +118,33 @@ def load_params(cfg: Config, model: Model) -> dict:
   """
   if model.trained is None:
     return weights.load(model.directory, model.arch, model.mesh, param_dtype=cfg.model.compute_dtype)
-  run, step = model.trained.parent.parent, int(model.trained.name)
+  learner, params = load_trained(cfg, model.trained, model.directory, model.arch, model.mesh)
+  return learner.whole(params)
+
+
+def load_trained(
+    cfg: Config, folder: pathlib.Path, directory: pathlib.Path, arch: Architecture, mesh: Mesh) -> tuple[Learner, Any]:
+  """(what knows the params, what a training run saved: the params, or with `lora.rank` the adapters).
+
+  Args:
+    cfg: model.compute_dtype is that of weights that were not trained.
+    folder: RUN/checkpoints/STEP or RUN/best/STEP.
+    directory: of the model that the run began with.
+  Raises:
+    ValueError, FileNotFoundError: when a file is missing or damaged; names it.
+  """
+  run, step = folder.parent.parent, int(folder.name)
   saved = run_info.read_config(run)
   of_adapters: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.get("lora", {}).items()}
   adapters = LoraConfig(**of_adapters)
   # A run with adapters saves nothing else.
-  learner = Learner(model.arch, dataclasses.replace(cfg, lora=adapters, model=dataclasses.replace(
-      cfg.model, param_dtype=saved["model"]["param_dtype"])), model.mesh)
-  with checkpoint.Checkpointer(model.trained.parent, cfg.checkpoint, must_exist=True) as checkpoints:
+  learner = Learner(arch, dataclasses.replace(cfg, lora=adapters, model=dataclasses.replace(
+      cfg.model, param_dtype=saved["model"]["param_dtype"])), mesh)
+  with checkpoint.Checkpointer(folder.parent, cfg.checkpoint, must_exist=True) as checkpoints:
     params = checkpoints.restore_params(step, learner.abstract_state().params)
   if adapters.rank:
-    learner.freeze(weights.load(model.directory, model.arch, model.mesh, param_dtype=cfg.model.compute_dtype))
-  return learner.whole(params)
+    learner.freeze(weights.load(directory, arch, mesh, param_dtype=cfg.model.compute_dtype))
+  return learner, params
 
 
 def base_dtype(cfg: Config) -> str:

@@ -73,6 +73,17 @@ COMMANDS: dict[str, Command] = {
             Option("samples", "N", "Most pairs of problem and mode whose responses are on the page; default: 200."),
             Option("traceback", "", "Show where an error was raised.")),
         arguments="[NAME=]RUN ... --out=DIR"),
+    "export": Command(
+        "Make a Hugging Face checkpoint of a training run, and push it to the hub.",
+        options=(
+            Option("out", "DIR", "Where the export goes, in place of an earlier one.", "directory"),
+            Option("dtype", "DTYPE", "bfloat16 or float32; default: as in the model that the run began with.",
+                   ("bfloat16", "float32")),
+            Option("push", "ORG/NAME", "Hub repository to push to; it is made if need be."),
+            Option("private", "", "A repository that is made is hidden from others."),
+            Option("revision", "BRANCH", "Branch to push to; default: the main one."),
+            Option("traceback", "", "Show where an error was raised.")),
+        arguments="RUN_OR_CHECKPOINT [--out=DIR] [--push=ORG/NAME]"),
     "preview": Command(
         "Show what a configuration rewards, and warn of what it rewards by accident.",
         ("profile", *_BUDGETS, "rollout.caps", "reward.form", "reward.alpha", "reward.unfinished_reward",

@@ -27,7 +27,7 @@ class ModelConfig:
   """The checkpoint, and how it computes."""
   path: str = setting(
       "", "Directory of a Hugging Face checkpoint, or a hub id; empty: train makes a new model for the synthetic task.")
-  revision: str = setting("", "Hub revision; empty means the default branch.")
+  revision: str = setting("", "Hub branch, tag or commit; empty means the default branch.")
   preset: str = setting("", "Architecture preset (hbpo_jax.models.presets); compared with the checkpoint at load.")
   compute_dtype: str = setting("bfloat16", "dtype of activations and matmuls: bfloat16 or float32.")
   param_dtype: str = setting("float32", "dtype of the master weights: float32 or bfloat16.")
@@ -203,6 +203,8 @@ class CheckpointConfig:
   save_every: int = setting(50, "Steps between checkpoints; 0 keeps only the last step's.")
   max_to_keep: int = setting(3, "Newest checkpoints kept.")
   export: bool = setting(True, "Write a Hugging Face export to WORKDIR/export at the end.")
+  push: str = setting("", "Hub repository ORG/NAME that train pushes its export to at the end; empty means none.")
+  push_private: bool = setting(True, "Whether a repository that the push makes is hidden from others.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Order of precedence, lowest first: the config file, a profile named by an override, gin, --config.field=value.
 """
 
+import argparse
 import ast
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -18,7 +19,7 @@ import runpy
 import select
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
@@ -92,6 +93,21 @@ def one_line_errors(argv: Sequence[str]) -> Iterator[None]:
       traceback.print_exc()
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+  """Of the commands without settings: raises what is wrong with a command line, so that it ends like every other error.
+
+  Their help is that of `show_help`.
+  """
+
+  def __init__(self, name: str):
+    super().__init__(prog=name, allow_abbrev=False, add_help=False)
+    self.add_argument("--traceback", action="store_true")
+
+  def error(self, message: str) -> NoReturn:
+    """Raises ValueError."""
+    raise ValueError(f"{message}; --help lists all arguments.")
 
 
 def show_help(name: str, argv: Sequence[str] | None = None, description: str = "") -> None:

@@ -14,17 +14,9 @@ from collections.abc import Sequence
 import os
 import pathlib
 import sys
-from typing import NoReturn
 
 from hbpo_jax.files import atomic_write_bytes, atomic_write_text
 from hbpo_jax.reporting import page, runs, sample_view
-
-
-class _Parser(argparse.ArgumentParser):
-  """Raises what is wrong with a command line, so that it ends like every other error."""
-
-  def error(self, message: str) -> NoReturn:
-    raise ValueError(f"{message}; --help lists all arguments.")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -33,12 +25,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   Raises:
     ValueError: when they are not understood.
   """
-  parser = _Parser(prog="report", allow_abbrev=False, add_help=False)
+  parser = flags.Parser("report")
   parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN")
   parser.add_argument("--out", required=True, metavar="DIR")
   parser.add_argument("--title", default="")
   parser.add_argument("--samples", type=int, default=sample_view.MOST, metavar="N")
-  parser.add_argument("--traceback", action="store_true")
   return parser.parse_args(argv)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 import hbpo_jax
-from hbpo_jax import config, flags, versions
+from hbpo_jax import config, distributed, flags, versions
 from hbpo_jax.files import atomic_write_text
 
 FORMAT = 1  # Of run.json.
@@ -92,10 +92,42 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
   path = pathlib.Path(workdir) / "run.json"
   if not path.is_file():
     raise FileNotFoundError(f"{path} does not exist; give the directory of a training run.")
+  found = _read(path).get("config")
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} is damaged (it has no settings); restore it from a copy.")
+  return found
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))["config"]
-  except (ValueError, KeyError, TypeError) as error:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
     raise ValueError(f"{path} is damaged ({error!r}); restore it from a copy.") from error
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} is damaged (it is no JSON object); restore it from a copy.")
+  return found
+
+
+def read_origin(workdir: str | os.PathLike) -> dict[str, str] | None:
+  """{"repo": ORG/NAME, "commit": hash} of a run's base model, as its run.json holds it; None if not of the hub."""
+  path = pathlib.Path(workdir) / "run.json"
+  return _read(path).get("model_origin") if path.is_file() else None
+
+
+def first_revision(workdir: str | os.PathLike, cfg: config.Config) -> str:
+  """The hub revision to load: the commit that this run began with, else model.revision.
+
+  A branch may have moved since, and a resumed run goes on from what it began with.
+  """
+  def read() -> str:
+    origin = read_origin(workdir)
+    if origin is None or origin["repo"] != cfg.model.path:
+      return cfg.model.revision
+    asked = read_config(workdir)["model"]
+    same = (asked["path"], asked["revision"]) == (cfg.model.path, cfg.model.revision)
+    return origin["commit"] if same else cfg.model.revision
+
+  return distributed.from_writer("the revision of the model", read)
 
 
 def git_state(folder: pathlib.Path) -> dict[str, Any] | None:

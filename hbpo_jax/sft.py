@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hbpo_jax import assemble, distributed, run_info, validation
+from hbpo_jax import assemble, distributed, export, hub, run_info, validation
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config, LoraConfig
 from hbpo_jax.data import problems as problems_lib
@@ -110,7 +110,8 @@ def train(cfg: Config, root: pathlib.Path, note: str = "") -> None:
   data = SftData(problems, model.builder, cfg)
   learner = Learner(model.arch, cfg, model.mesh, total_updates=cfg.sft.steps)
   state = learner.new_state(params)
-  run_info.write_run_json(root, cfg, model.mesh, {"architecture": dataclasses.asdict(model.arch)})
+  run_info.write_run_json(root, cfg, model.mesh, {
+      "architecture": dataclasses.asdict(model.arch), "model_origin": hub.origin(model.directory)})
 
   with contextlib.ExitStack() as stack:
     console = stack.enter_context(Console(cfg.log, cfg.sft.steps, file=distributed.output()))
@@ -131,7 +132,9 @@ def train(cfg: Config, root: pathlib.Path, note: str = "") -> None:
         writer.write(step, row)
       if step % max(1, cfg.sft.steps // 20) == 0 or step == cfg.sft.steps - 1:
         console.message(f"update {step + 1} of {cfg.sft.steps}: loss {row['update/loss']:.4f} nats per token")
-    weights.export(learner.whole(state.params), model.arch, source, root / "export")
+    card = export.cards_of_run(
+        cfg, model.directory if cfg.sft.path else None, cfg.sft.steps, stage="sft", own_tokenizer=not cfg.sft.path)[""]
+    weights.export(learner.whole(state.params), model.arch, source, root / "export", card=card)
     console.message(f"exported to {root / 'export'}")
 
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hbpo_jax import assemble, distributed, preview, run_info, sft, throughput
+from hbpo_jax import assemble, distributed, export, hub, preview, run_info, sft, throughput
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config
 from hbpo_jax.data import problems as problems_lib
@@ -265,9 +265,10 @@ def main(cfg: Config, workdir: str) -> None:
   """Trains, evaluates before and after, exports, and writes the summary."""
   root = pathlib.Path(workdir)
   assemble.keep_compiled_programs()
+  export.check_push(cfg)
   cfg, wall_s = sft.with_model(cfg, root), WallClock()
-  # Everything that can be refused is refused here, before a weight is read.
-  model = assemble.open_model(cfg)
+  # Everything else that can be refused is refused here, before a weight is read.
+  model = assemble.open_model(cfg, root)
   problems, eval_problems = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
   data = Pipeline(problems, model.builder, cfg)
   engine = assemble.training_engine(cfg, model)
@@ -278,7 +279,8 @@ def main(cfg: Config, workdir: str) -> None:
     checkpoints = stack.enter_context(Checkpointer(root / "checkpoints", cfg.checkpoint))
     batches = iter(data)
     state, start, wall_s.earlier_s = first_state(cfg, model, learner, checkpoints, batches)
-    run_info.write_run_json(root, cfg, model.mesh, {"architecture": dataclasses.asdict(model.arch)})
+    run_info.write_run_json(root, cfg, model.mesh, {
+        "architecture": dataclasses.asdict(model.arch), "model_origin": hub.origin(model.directory)})
     reference = None
     if cfg.loss.kl_coef:
       reference = Reference(learner, _reference_params(cfg, model, learner))
@@ -296,9 +298,11 @@ def main(cfg: Config, workdir: str) -> None:
     state = trainer.train(state, start, wall_s)
     checkpoints.wait()
     if cfg.checkpoint.export:
-      weights.export(learner.whole(state.params), model.arch, model.directory, root / "export")
+      cards = export.cards_of_run(cfg, model.directory, int(state.step))
+      weights.export(learner.whole(state.params), model.arch, model.directory, root / "export", card=cards[""])
       if cfg.lora.rank:
-        lora.export(state.params, model.arch, cfg.lora, cfg.model.path, root / "adapter")
+        lora.export(state.params, model.arch, cfg.lora, cfg.model.path, root / export.ADAPTER,
+                    card=cards[export.ADAPTER])
     trained = evaluations.after(state)
     log.close()
     if distributed.is_writer():
@@ -308,6 +312,9 @@ def main(cfg: Config, workdir: str) -> None:
         console.table(tables.before_after(base, trained))
       console.message(summary_lib.headline(summary))
       console.message(f"see {root / 'summary.md'} and {root / 'plots'}")
+      if cfg.checkpoint.export:
+        export.update_cards(root, export.cards_of_run(cfg, model.directory, int(state.step), summary=summary))
+    export.push_run(cfg, root, console)
 
 
 def _reference_params(cfg: Config, model: assemble.Model, learner: Learner) -> Any:

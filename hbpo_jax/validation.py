@@ -308,6 +308,9 @@ def _check_mesh(cfg: config.Config, n_devices: int) -> None:
 
 
 def _check_rest(cfg: config.Config) -> None:
+  _require(cfg.checkpoint.export or not cfg.checkpoint.push, cfg, "checkpoint.export",
+           f"leaves nothing to push to config.checkpoint.push={cfg.checkpoint.push!r}",
+           "set it to true, or checkpoint.push=''")
   synthetic = cfg.data.synthetic
   _require(synthetic.max_level >= synthetic.min_level, cfg, "data.synthetic.max_level",
            f"is below config.data.synthetic.min_level={synthetic.min_level}", "raise it")

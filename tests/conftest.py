@@ -16,6 +16,8 @@ import tempfile
 
 import pytest
 
+from tests import hub_server
+
 # Tests and the commands they start compile many equal programs; one cache for this run, shared by its workers.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 _OWN_CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="hbpo_jax_tests_xla_")
@@ -28,6 +30,27 @@ REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
 def pytest_unconfigure(config):
   if _OWN_CACHE:  # Set in the process that started the others.
     shutil.rmtree(_OWN_CACHE, ignore_errors=True)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+  """An empty hub at 127.0.0.1, which is the hub for this process and those that it starts, with an empty cache."""
+  from huggingface_hub import constants
+
+  for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "http_proxy",
+               "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    monkeypatch.delenv(name, raising=False)
+  cache = tmp_path / "hub_cache"
+  monkeypatch.setenv("no_proxy", "127.0.0.1")
+  monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+  monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # Large files go by plain HTTP.
+  monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+  monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+  with hub_server.serve() as server:
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    yield server
 
 
 @pytest.fixture(scope="session")

@@ -141,7 +141,8 @@ def merge(params: dict, adapters: dict, scale: float) -> dict:
 
 
 def export(
-    adapters: dict, arch: Architecture, cfg: LoraConfig, base_name: str, directory: str | os.PathLike) -> pathlib.Path:
+    adapters: dict, arch: Architecture, cfg: LoraConfig, base_name: str, directory: str | os.PathLike, *,
+    card: str = "") -> pathlib.Path:
   """Writes the adapters as peft.PeftModel.from_pretrained reads them, in float32.
 
   Written beside `directory` and renamed at the end: a partial export never looks complete. An earlier export there is
@@ -150,6 +151,7 @@ def export(
   Args:
     adapters: of `init` or `load`.
     base_name: directory or hub id of the frozen weights, for whoever loads the adapters.
+    card: text of README.md; '' writes none.
   Returns:
     directory.
   Raises:
@@ -178,6 +180,8 @@ def export(
   if writer is not None:
     writer.close()
     weights.write_json(aside / _CONFIG, _peft_config(cfg, base_name))
+    if card:
+      (aside / weights.CARD).write_text(card, encoding="utf-8")
     weights.swap(aside, directory)
   return directory
 

@@ -11,12 +11,9 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub import errors as hub_errors
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,55 +24,30 @@ from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.models.parameters import Parameter
 from hbpo_jax.models.tensorfile import Tensor
 
+CARD, GENERATION = "README.md", "generation_config.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HUB_ERRORS = (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError, OSError)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Files that travel with the weights; everything else in a checkpoint (weights, README, ...) stays behind.
 _COPIED = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json")
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", GENERATION)
 _SAMPLE_BYTES = 2**20
 _BLOCK_BYTES = 8 * 2**20  # host memory of one piece on its way to the devices
 
 
-def resolve(path: str | os.PathLike, revision: str = "") -> pathlib.Path:
-  """The local directory of a checkpoint: `path` itself, or the download of the hub id ORG/NAME.
-
-  Raises:
-    FileNotFoundError: when it is neither, or the hub cannot be reached.
-  """
-  directory = pathlib.Path(path).expanduser()
-  if directory.is_dir():
-    return directory
-  if directory.exists() or not _HUB_ID.fullmatch(str(path)):
-    raise FileNotFoundError(
-        f"model.path={str(path)!r} is not a directory; give a Hugging Face checkpoint directory or a hub id such as "
-        "'Qwen/Qwen3-0.6B'.")
-  try:
-    local = huggingface_hub.snapshot_download(
-        str(path), revision=revision or None, allow_patterns=list(_HUB_PATTERNS))
-  except _HUB_ERRORS as error:
-    raise FileNotFoundError(
-        f"model.path={str(path)!r} is not a directory here, and model.revision={revision!r} of it could not be fetched "
-        f"from the Hugging Face hub ({type(error).__name__}); download it and give its directory.") from error
-  return pathlib.Path(local)
-
-
-def load(path: str | os.PathLike, arch: Architecture, mesh: Mesh, *, param_dtype: Any, revision: str = "") -> dict:
+def load(path: str | os.PathLike, arch: Architecture, mesh: Mesh, *, param_dtype: Any) -> dict:
   """Params of a checkpoint, sharded over the mesh.
 
   Each device is sent its own part of each tensor in pieces of a few MiB, so that the host never holds a tensor.
 
   Args:
-    path: checkpoint directory with model.safetensors or its shards and index, or a hub id.
+    path: checkpoint directory with model.safetensors or its shards and index.
     param_dtype: dtype of the params, whatever the file's (float32, bfloat16 or float16).
-    revision: hub revision; empty means the default branch.
   Raises:
     FileNotFoundError: when there are no such files.
     ValueError: when a tensor is missing, unknown or of another shape, or a file is corrupt; names it.
   """
-  directory = resolve(path, revision)
+  directory = pathlib.Path(path)
   tensors = _inspect(directory)
   _check(directory, tensors, arch)
   return parameters.nest({
@@ -231,8 +203,9 @@ def export(
     *,
     dtype: Any = None,
     max_shard_bytes: int = 5 * 10**9,
+    card: str = "",
 ) -> pathlib.Path:
-  """Writes a checkpoint that transformers.AutoModelForCausalLM loads: safetensors, config.json, tokenizer.
+  """Writes a checkpoint that transformers and vLLM load: safetensors, configurations, tokenizer, model card.
 
   Written beside `out_dir` and renamed at the end: a partial export never looks complete. An earlier export there is
   replaced.
@@ -243,6 +216,7 @@ def export(
       tokenizer of a model that was born here.
     dtype: of the exported tensors; None = each tensor's own in `source`, or the params' with a tokenizer.
     max_shard_bytes: largest file; more tensors go to further files, named by an index.
+    card: text of README.md (`hbpo_jax.reporting.model_card`); '' writes none.
   Returns:
     out_dir.
   Raises:
@@ -275,6 +249,9 @@ def export(
       _copy_files(pathlib.Path(source), aside, config_dtype)
     else:
       _write_new_files(source, arch, aside, config_dtype)
+    _complete_generation_config(aside)
+    if card:
+      (aside / CARD).write_text(card, encoding="utf-8")
     swap(aside, out_dir)
   return out_dir
 
@@ -375,9 +352,17 @@ def _copy_files(source: pathlib.Path, directory: pathlib.Path, dtype: str) -> No
       shutil.copyfile(source / name, directory / name)
 
 
+def _complete_generation_config(directory: pathlib.Path) -> None:
+  """Where the source has no generation_config.json, one with the ids that config.json names."""
+  if not (directory / GENERATION).is_file():
+    config = architecture.read_json(directory / "config.json")
+    ids = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
+    write_json(directory / GENERATION, ids)
+
+
 def _write_new_files(tokenizer: Any, arch: Architecture, directory: pathlib.Path, dtype: str) -> None:
   config = architecture.to_hf_config(arch, dtype)
-  for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+  for key in _TOKEN_IDS:
     config[key] = getattr(tokenizer, key)
   write_json(directory / "config.json", config)
   tokenizer.save_pretrained(directory)

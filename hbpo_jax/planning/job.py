@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 import numpy as np
 
-from hbpo_jax import config, validation
+from hbpo_jax import config, hub, validation
 from hbpo_jax.config import Config
 from hbpo_jax.learning import packing, scoring
 from hbpo_jax.learning.learner import Learner
@@ -213,14 +213,9 @@ def _local_directory(path: str, revision: str) -> pathlib.Path | None:
   directory = pathlib.Path(path).expanduser()
   if (directory / "config.json").is_file():
     return directory
-  if directory.exists() or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", path):
+  if directory.exists() or not hub.is_hub_id(path):
     return None
-  try:
-    import huggingface_hub
-  except ImportError:
-    return None
-  found = huggingface_hub.try_to_load_from_cache(path, "config.json", revision=revision or None)
-  return pathlib.Path(found).parent if isinstance(found, str) else None
+  return hub.find_cached(path, revision, whole=False)
 
 
 def find_prefix(cfg: Config, arch: Architecture, directory: pathlib.Path | None) -> tuple[tuple[int, ...], str]:

@@ -1,16 +1,11 @@
 """Our TFDS builders: download from a local server, write and read array_record, all without TensorFlow."""
 
-import contextlib
 import csv
-import functools
-import http.server
+import io
 import json
-import os
 import socket
 import subprocess
 import sys
-import threading
-import time
 
 import huggingface_hub
 import pyarrow
@@ -18,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from hbpo_jax.data import choices, problems
+from hbpo_jax.hub import repository
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -65,85 +61,31 @@ GPQA_ROWS = [
     dict(zip(choices.GPQA_COLUMNS, ["Größe?", "p", "q", "r", "s", "recB"], strict=True))]
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-
-  def log_message(self, *args):
-    pass
-
-
-@contextlib.contextmanager
-def served(handler):
-  """The address of a server at 127.0.0.1."""
-  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-  thread = threading.Thread(target=server.serve_forever)
-  thread.start()
-  yield f"http://127.0.0.1:{server.server_port}"
-  server.shutdown()
-  server.server_close()
-  thread.join()
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-  """A folder served at 127.0.0.1, which HF_ENDPOINT names."""
-  root = tmp_path / "hub"
-  root.mkdir()
-  for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-    monkeypatch.delenv(name, raising=False)
-  monkeypatch.setenv("no_proxy", "127.0.0.1")
-  with served(functools.partial(_Quiet, directory=str(root))) as address:
-    monkeypatch.setenv("HF_ENDPOINT", f"{address}/")
-    yield root
-
-
-@pytest.fixture
-def gated_hub(hub, monkeypatch):
-  """A hub in front of `hub`: it wants the token 'hf_right' and redirects to `hub`, where the file lies.
-
-  The value is the list of (host, Authorization) of all requests, host 'hub' or 'storage'.
-  """
-  requests_seen = []
-  storage = os.environ["HF_ENDPOINT"].rstrip("/")
-
-  class Gate(_Quiet):
-
-    def do_GET(self):
-      sent = self.headers.get("Authorization")
-      requests_seen.append(("hub", sent))
-      self.send_response(401 if sent is None else 302 if sent == "Bearer hf_right" else 403)
-      self.send_header("Location", storage + self.path)
-      self.send_header("Content-Length", "0")
-      self.end_headers()
-
-    do_HEAD = do_GET
-
-  def storage_get(self):
-    requests_seen.append(("storage", self.headers.get("Authorization")))
-    http.server.SimpleHTTPRequestHandler.do_GET(self)
-
-  monkeypatch.setattr(_Quiet, "do_GET", storage_get, raising=False)
-  monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-  monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(hub / "no_token"))
-  put(hub, GPQA, GPQA_ROWS)
-  with served(Gate) as address:
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    yield requests_seen
-
-
 def put(hub, path, rows):
-  file = hub / path
-  file.parent.mkdir(parents=True, exist_ok=True)
+  """Rows as the hub has them: in the format that the path's ending names, in the data set that it begins with."""
+  name, file = path.removeprefix("datasets/").split("/resolve/main/")
   if path.endswith(".parquet"):
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    content = buffer.getvalue()
   elif path.endswith(".csv"):
-    with open(file, "w", encoding="utf-8-sig", newline="") as out:
-      writer = csv.DictWriter(out, [*rows[0], "Canary"])
-      writer.writeheader()
-      writer.writerows({"Canary": "c", **row} for row in rows)
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, [*rows[0], "Canary"])
+    writer.writeheader()
+    writer.writerows({"Canary": "c", **row} for row in rows)
+    content = out.getvalue().encode("utf-8-sig")
   elif path.endswith(".json"):
-    file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    content = json.dumps(rows, ensure_ascii=False).encode()
   else:
-    file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    content = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+  return hub.add(name, {file: content, "README.md": b"# Not fetched"}, "datasets")
+
+
+@pytest.fixture
+def gated_hub(hub):
+  """A hub with GPQA, which wants a token."""
+  put(hub, GPQA, GPQA_ROWS).gated = True
+  return hub
 
 
 @pytest.mark.parametrize("name", HUB)
@@ -162,7 +104,7 @@ def test_prepared_data_is_not_downloaded_again(hub, tmp_path):
   path, rows, split, _ = HUB["aime25"]
   put(hub, path, rows)
   first = problems.load("tfds:aime25", split=split, data_dir=str(tmp_path / "tfds"))
-  (hub / path).unlink()
+  hub.repos.clear()
   assert problems.load("tfds:aime25", split=split, data_dir=str(tmp_path / "tfds")) == first
   assert len(problems.load("tfds:aime25", split="test[:1]", data_dir=str(tmp_path / "tfds"))) == 1
 
@@ -177,26 +119,41 @@ def test_missing_file_unknown_name_and_split_are_refused(hub, tmp_path):
     problems.load("tfds:aime25", split="train", data_dir=str(tmp_path / "tfds"))
 
 
-def test_an_unreachable_hub_is_refused_at_once(hub, tmp_path, monkeypatch):
+def test_an_unreachable_hub_is_asked_some_times_and_then_refused(hub, tmp_path, monkeypatch):
   with socket.socket() as closed:
     closed.bind(("127.0.0.1", 0))
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
-  start = time.monotonic()
-  with pytest.raises(ValueError, match=r"aime25.*cannot be downloaded"):
+  waited = []
+  monkeypatch.setattr(repository.time, "sleep", waited.append)
+  with pytest.raises(ValueError, match=r"aime25.*cannot be downloaded.*cannot be reached"):
     problems.load("tfds:aime25", split="test", data_dir=str(tmp_path / "tfds"))
-  assert time.monotonic() - start < 20
+  assert waited == list(repository.WAITS_S)
+
+
+def test_offline_takes_the_cached_files_or_says_what_is_missing(hub, tmp_path, monkeypatch, capfd):
+  put(hub, *HUB["aime25"][:2])
+  first = problems.load("tfds:aime25", split="test", data_dir=str(tmp_path / "tfds"))
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  assert problems.load("tfds:aime25", split="test", data_dir=str(tmp_path / "elsewhere")) == first
+  assert "offline: math-ai/aime25 comes from the cache" in capfd.readouterr().err
+  with pytest.raises(ValueError, match=r"math500.*cannot be downloaded.*HF_HUB_OFFLINE"):
+    problems.load("tfds:math500", split="test", data_dir=str(tmp_path / "tfds"))
+
+
+def test_a_moved_file_is_named(hub, tmp_path):
+  hub.add("math-ai/aime25", {"other.jsonl": b""}, "datasets")
+  with pytest.raises(ValueError, match=r"aime25.*has no file test\.jsonl at http.*its layout has changed"):
+    problems.load("tfds:aime25", split="test", data_dir=str(tmp_path / "tfds"))
 
 
 def test_damaged_download_is_refused(hub, tmp_path):
-  file = hub / HUB["math500"][0]
-  file.parent.mkdir(parents=True)
-  file.write_text('{"problem": "cut o')
+  hub.add("HuggingFaceH4/MATH-500", {"test.jsonl": b'{"problem": "cut o'}, "datasets")
   with pytest.raises(ValueError, match=r"test.jsonl cannot be parsed"):
     problems.load("tfds:math500", split="test", data_dir=str(tmp_path / "tfds"))
 
 
 def test_gpqa_is_read_with_the_token_which_only_the_hub_sees(gated_hub, tmp_path, monkeypatch):
-  monkeypatch.setenv("HF_TOKEN", "hf_right")
+  monkeypatch.setenv("HF_TOKEN", "hf_reader")
   netrc = tmp_path / "netrc"  # Must not replace the token.
   netrc.write_text("machine 127.0.0.1 login me password other\n")
   netrc.chmod(0o600)
@@ -209,46 +166,41 @@ def test_gpqa_is_read_with_the_token_which_only_the_hub_sees(gated_hub, tmp_path
     stored = by_id[p.id]
     assert (stored.problem, stored.answer, stored.answers) == (p.problem, p.answer, p.answers)
     assert stored.source == "gpqa_diamond" and stored.level is None
-  assert {sent for host, sent in gated_hub if host == "hub"} == {"Bearer hf_right"}
-  assert [host for host, _ in gated_hub].count("storage") == 1
-  assert not any("hf_right" in str(sent) for host, sent in gated_hub if host == "storage")
-  assert not any(b"hf_right" in file.read_bytes() for file in (tmp_path / "tfds").rglob("*") if file.is_file())
+  assert {r.authorization for r in gated_hub.requests if r.host == "hub"} == {"Bearer hf_reader"}
+  assert len([r for r in gated_hub.requests if r.host == "storage"]) == 1
+  assert not any("hf_reader" in str(r.authorization) for r in gated_hub.requests if r.host == "storage")
+  assert not any(b"hf_reader" in file.read_bytes() for file in (tmp_path / "tfds").rglob("*") if file.is_file())
 
 
 def test_gpqa_reads_the_stored_token(gated_hub, tmp_path, monkeypatch):
-  monkeypatch.delenv("HF_TOKEN", raising=False)
-  (tmp_path / "token").write_text("hf_right\n")
+  (tmp_path / "token").write_text("hf_reader\n")
   monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
   assert len(problems.load("tfds:gpqa_diamond", split="test", data_dir=str(tmp_path / "tfds"))) == 2
 
 
 @pytest.mark.parametrize("token, message", [
     (None, r"gated, and there is no hub token \(HTTP 401\)"),
-    ("hf_wrong", r"gated, and the hub token does not open it \(HTTP 403\)"),
+    ("hf_stranger", r"gated, and your token does not open it \(HTTP 403\)"),
 ])
 def test_gpqa_without_access_says_how_to_get_it(gated_hub, tmp_path, monkeypatch, token, message):
-  monkeypatch.delenv("HF_TOKEN", raising=False)
   if token:
     monkeypatch.setenv("HF_TOKEN", token)
   with pytest.raises(ValueError, match=message) as error:
     problems.load("tfds:gpqa_diamond", split="test", data_dir=str(tmp_path / "tfds"))
   text = str(error.value)
-  assert "https://huggingface.co/datasets/Idavidrein/gpqa" in text and "HF_TOKEN" in text
-  assert "CSV file or a JSON Lines file" in text and "hf_wrong" not in text
+  assert f"{gated_hub.address}/datasets/Idavidrein/gpqa" in text and "HF_TOKEN" in text
+  assert "give its file, or a JSON Lines file" in text and "hf_stranger" not in text
 
 
 def test_no_token_goes_to_a_set_that_is_open(hub, tmp_path, monkeypatch):
-  monkeypatch.setenv("HF_TOKEN", "hf_right")
-  sent = []
-  monkeypatch.setattr(_Quiet, "send_head", lambda self: sent.append(self.headers.get("Authorization"))
-                      or http.server.SimpleHTTPRequestHandler.send_head(self), raising=False)
+  monkeypatch.setenv("HF_TOKEN", "hf_reader")
   put(hub, *HUB["aime25"][:2])
   problems.load("tfds:aime25", split="test", data_dir=str(tmp_path / "tfds"))
-  assert sent and set(sent) == {None}
+  assert hub.requests and {r.authorization for r in hub.requests} == {None}
 
 
-def test_a_gpqa_file_without_a_column_is_refused(gated_hub, hub, tmp_path, monkeypatch):
-  monkeypatch.setenv("HF_TOKEN", "hf_right")
+def test_a_gpqa_file_without_a_column_is_refused(hub, tmp_path, monkeypatch):
+  monkeypatch.setenv("HF_TOKEN", "hf_reader")
   put(hub, GPQA, [{k: v for k, v in row.items() if k != "Question"} for row in GPQA_ROWS])
   with pytest.raises(ValueError, match=r"gpqa_diamond.csv, row 1: column 'Question' is None"):
     problems.load("tfds:gpqa_diamond", split="test", data_dir=str(tmp_path / "tfds"))

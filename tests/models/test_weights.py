@@ -236,31 +236,6 @@ def test_a_stored_tied_head_must_equal_the_embedding(tmp_path):
     weights.load(directory, arch, one_device(), param_dtype="float32")
 
 
-def test_resolve_takes_directories_and_hub_ids(plain, tmp_path, monkeypatch):
-  assert weights.resolve(plain) == plain
-  with pytest.raises(FileNotFoundError, match=r"model\.path='/nowhere/at/all' is not a directory"):
-    weights.resolve("/nowhere/at/all")
-  asked = {}
-
-  def download(repo, *, revision, allow_patterns):
-    asked.update(repo=repo, revision=revision, patterns=allow_patterns)
-    return str(plain)
-
-  monkeypatch.setattr(weights.huggingface_hub, "snapshot_download", download)
-  assert weights.resolve("Qwen/Qwen3-0.6B", "main") == plain
-  assert (asked["repo"], asked["revision"]) == ("Qwen/Qwen3-0.6B", "main")
-  assert "*.safetensors" in asked["patterns"]
-
-
-def test_an_unreachable_hub_is_one_clear_error(monkeypatch, tmp_path):
-  def download(*_, **__):
-    raise weights.hub_errors.LocalEntryNotFoundError("offline")
-
-  monkeypatch.setattr(weights.huggingface_hub, "snapshot_download", download)
-  with pytest.raises(FileNotFoundError, match=r"model\.path='no-org/no-model'.*could not be fetched"):
-    weights.resolve("no-org/no-model")
-
-
 _MEASURE = """
 import jax, sys
 from hbpo_jax.config import MeshConfig

@@ -3,12 +3,12 @@
 Importing this package registers them with TFDS; `prepare` is what the rest of the library calls.
 """
 
-import huggingface_hub
 import requests
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 from tensorflow_datasets.text import gsm8k as gsm8k  # TFDS knows this one of its own only once it is imported.
 
+from hbpo_jax import hub
 from hbpo_jax.data.tfds_builders import math_sets as math_sets  # Registers the builders.
 from hbpo_jax.data.tfds_builders.base import HubProblems as HubProblems
 
@@ -31,11 +31,8 @@ def prepare(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
     raise ValueError(f"data.source='tfds:{name}' does not exist; see tfds.list_builders(), or give a file.") from error
   try:
     builder.download_and_prepare(file_format=FILE_FORMAT)
-  except requests.HTTPError as error:
-    status = error.response.status_code if error.response is not None else 0
-    if getattr(builder, "GATED", False) and status in (401, 403):
-      raise ValueError(_gated(name, builder, status)) from error
-    raise ValueError(_unreachable(name, error)) from error
+  except hub.GatedError as error:
+    raise ValueError(f"'tfds:{name}': {error} Or give its file, or a JSON Lines file, as data.source.") from error
   except (requests.RequestException, tfds.download.DownloadError, OSError) as error:
     raise ValueError(_unreachable(name, error)) from error
   return builder
@@ -45,10 +42,3 @@ def _unreachable(name: str, error: Exception) -> str:
   return (
       f"'tfds:{name}' cannot be downloaded ({error}); check the network, choose a mirror of the hub with HF_ENDPOINT,"
       " or give a JSON Lines file as data.source.")
-
-
-def _gated(name: str, builder: tfds.core.DatasetBuilder, status: int) -> str:
-  token = "the hub token does not open it" if huggingface_hub.get_token() else "there is no hub token"
-  return (
-      f"'tfds:{name}' is gated, and {token} (HTTP {status}); accept its terms at {builder.info.homepage} and set "
-      "HF_TOKEN or run 'hf auth login', or give its CSV file or a JSON Lines file instead.")

@@ -7,37 +7,12 @@ import os
 from typing import Any, ClassVar
 
 from etils import epath
-import huggingface_hub
 import numpy as np
 import pyarrow.parquet
-import requests
-import requests.auth
 import tensorflow_datasets as tfds
 
+from hbpo_jax import hub
 from hbpo_jax.data import choices
-from hbpo_jax.files import atomic_write_bytes
-
-DEFAULT_ENDPOINT = "https://huggingface.co"
-_TIMEOUT_S = 30
-
-
-def hub_url(repo: str, path: str) -> str:
-  """Download address of one file of a hub data set; the hub's own HF_ENDPOINT variable chooses a mirror."""
-  endpoint = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
-  return f"{endpoint.rstrip('/')}/datasets/{repo}/resolve/main/{path}"
-
-
-class HubToken(requests.auth.AuthBase):
-  """The reader's hub token, if there is one, as a header of a request to the hub.
-
-  As an `auth` and not a plain header: requests then sends it to no other host that the hub redirects to, nor lets a
-  .netrc file replace it.
-  """
-
-  def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-    if token := huggingface_hub.get_token():  # HF_TOKEN, or what `hf auth login` stored.
-      request.headers["Authorization"] = f"Bearer {token}"
-    return request
 
 
 class HubProblems(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -60,7 +35,7 @@ class HubProblems(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     text = tfds.features.Text
     return self.dataset_info_from_configs(
         description=f"Problems with final answers of {self.REPO} on the Hugging Face hub.",
-        homepage=f"{DEFAULT_ENDPOINT}/datasets/{self.REPO}",
+        homepage=f"{hub.DEFAULT_ENDPOINT}/datasets/{self.REPO}",
         features=tfds.features.FeaturesDict({
             "id": text(), "problem": text(), "answer": text(), "source": text(),
             "level": tfds.features.Scalar(np.int32),  # 0 = the source has none
@@ -68,24 +43,11 @@ class HubProblems(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         }))
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-    urls = {split: hub_url(self.REPO, path) for split, path in self.FILES.items()}
-    paths: Any  # The same dictionary, with a path for each address.
-    if self.GATED:
-      paths = {split: self._download_gated(url, dl_manager.download_dir) for split, url in urls.items()}
-    else:
-      for url in urls.values():
-        # TFDS tries for minutes before it reports a server that cannot be reached.
-        requests.head(url, allow_redirects=True, timeout=_TIMEOUT_S).raise_for_status()
-      paths = dl_manager.download(urls)
-    return {split: self._generate_examples(paths[split], self.FILES[split]) for split in self.FILES}
-
-  def _download_gated(self, url: str, directory: epath.Path) -> epath.Path:
-    """Where a file now lies; TFDS's own downloads cannot carry a token."""
-    path = epath.Path(directory) / f"{self.name}_{url.rpartition('/')[2]}"
-    with requests.get(url, timeout=_TIMEOUT_S, auth=HubToken()) as response:
-      response.raise_for_status()
-      atomic_write_bytes(path, response.content)
-    return path
+    del dl_manager  # Its downloads carry no token, do not resume, and try for minutes to reach a hub that is not there.
+    splits = list(self.FILES)
+    paths = hub.data_files(self.REPO, [self.FILES[split] for split in splits], anonymous=not self.GATED)
+    return {split: self._generate_examples(epath.Path(path), self.FILES[split])
+            for split, path in zip(splits, paths, strict=True)}
 
   def _generate_examples(self, path: epath.Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for index, row in enumerate(read_rows(path, name)):
