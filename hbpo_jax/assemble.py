@@ -63,7 +63,7 @@ def open_model(cfg: Config, run: pathlib.Path | None = None) -> Model:
   if cfg.model.preset:
     presets.check_preset(cfg.model.preset, arch)
   builder = PromptBuilder(load_tokenizer(directory, arch), cfg, str(directory))
-  longest = int(builder.prefix(cfg.rollout.budgets)[1].max())
+  longest = int(builder.training_prefix(cfg.rollout.budgets)[1].max())
   validation.validate(cfg, n_devices=jax.device_count(), arch=arch, prefix_tokens=longest)
   lora.check(cfg.lora, arch)
   return Model(directory, arch, builder, *_make_meshes(cfg))
@@ -200,7 +200,7 @@ def load_tokenizer(directory: pathlib.Path, arch: Architecture) -> transformers.
 
 def training_engine(cfg: Config, model: Model, *, n_queries: int | None = None) -> engine.Engine:
   """The sampler of the training step: all budgets, J rollouts each; n_queries = None means rollout.queries."""
-  n_prefix = tuple(int(n) for n in model.builder.prefix(cfg.rollout.budgets)[1])
+  n_prefix = tuple(int(n) for n in model.builder.training_prefix(cfg.rollout.budgets)[1])
   shape = engine.Shape(
       n_queries=n_queries or cfg.rollout.queries, n_prompt_slots=cfg.data.max_prompt_tokens,
       n_rollouts=cfg.rollouts_per_budget, caps=cfg.caps, n_prefix=n_prefix,

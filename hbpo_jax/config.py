@@ -78,12 +78,23 @@ class PromptConfig:
   system: str = setting("", "System message; empty for none.")
   budget_sentence: str = setting(
       "I will answer the question within {budget} tokens.",
-      "Budget sentence; must contain {budget}. The release says 'with'.")
+      "Budget sentence; must contain {budget}. The release says 'with'. Empty forces nothing: for a single budget, "
+      "which the model is then not told.")
+  openings: tuple[str, ...] = setting(
+      (), "Texts that responses are forced to open with in place of the budget sentence, one per budget ({budget} is "
+      "its number); 'natural' forces nothing; () means the budget sentence for all.")
   efficiency_sentence: str = setting(
       "I will answer the question with minimal tokens.", "Sentence of the efficiency mode.")
   prefix_role: str = setting(
       "action",
       "'action': the budget sentence belongs to the response and gets loss; 'context': it belongs to the prompt.")
+  prefix_weight: float = setting(
+      1.0, "With prefix_role=action, factor on the policy loss of the forced tokens, 0 to 1.")
+
+  def opening(self, subgroup: int, budget: int) -> str:
+    """What a response of a subgroup is forced to open with in training; empty for nothing."""
+    text = self.openings[subgroup] if self.openings else self.budget_sentence
+    return "" if text == "natural" else text.replace("{budget}", str(budget))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +123,26 @@ class RolloutConfig:
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
   """The reward of a response (Section 3.2)."""
-  form: str = setting("piecewise", "piecewise (paper, Eq. 1), min (release), classic, or cosine.")
-  alpha: float | None = setting(None, "Slope of the length penalty; None means 1 / max_response_tokens.")
+  form: str = setting(
+      "piecewise", "piecewise (paper, Eq. 1), min (release), classic, cosine; or another method's: l1_exact, l1_max, "
+      "efficient, alp, grpo_lambda, adlp, hmpo, thinkprune, adaptthink, autothink (hbpo_jax.objective.rivals).")
+  alpha: float | None = setting(
+      None, "Weight of the length penalty; None means 1 / max_response_tokens, or that of another method's paper.")
   beta: float = setting(4.0, "Scale of the cosine.")
   max_response_tokens: int = setting(4096, "L_max: a longer response earns nothing.")
   unfinished_reward: float = setting(0.0, "Reward without '</think>' or box; the release uses -1.")
+  floor: float | None = setting(None, "Least reward of a correct response up to L_max; None means none.")
+  delta: float | None = setting(
+      None, "l1_max: reward at the budget; adaptthink: bonus of not thinking; None means their papers' 0.5 and 0.05.")
+  gate_share: float = setting(0.2, "grpo_lambda: share of a step's queries, the most solved, with length penalty.")
+  gate_accuracy: float = setting(0.0, "grpo_lambda: least accuracy of a query with length penalty.")
+  penalty_start: float = setting(1e-3, "adlp: penalty per token at the start.")
+  penalty_rate: float = setting(1e-3, "adlp: change of the penalty per step and unit of accuracy.")
+  target_accuracy: float = setting(0.62, "adlp: accuracy above which the penalty grows: that of the first model.")
+  limits: tuple[int, ...] = setting((), "thinkprune: most tokens of an answer that earns anything, descending.")
+  limit_steps: tuple[int, ...] = setting((), "thinkprune: step from which the second of limits holds, the third, ...")
+  balance: float = setting(0.5, "autothink: share of responses in a mode above which its rewards fall.")
+  balance_slope: float = setting(2.0, "autothink: how fast they fall; 0 leaves them.")
   grader: str = setting(
       "", "Dotted path of a function (responses, problems) -> numbers in [0, 1]; empty means built-in maths grading.")
 
@@ -124,10 +150,23 @@ class RewardConfig:
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
   """The advantage within and across budgets (Section 3.3)."""
+  form: str = setting(
+      "group", "A_inter: group (reward minus the query's mean, over its standard deviation), leave_one_out (minus the "
+      "mean of the others), or reference (minus the mean of those that think: adaptthink).")
   intra_coef: float = setting(1.0, "Weight of A_intra; the release adds it twice (2).")
   std_ddof: int = setting(1, "Divisor n - ddof in the standard deviation of A_inter: 0 or 1.")
   std_eps: float = setting(1e-6, "Added to the standard deviation.")
   center_intra: bool = setting(False, "Subtract from A_intra its mean over a query's subgroups.")
+  intra_form: str = setting(
+      "baseline", "A_intra: baseline (mean reward minus the expected one), or within (each reward minus its subgroup's "
+      "mean, over its standard deviation).")
+  intra_baseline: str = setting(
+      "budget", "Expected reward: budget (f2 of the budget), or correct_length (f2 of the mean length of the query's "
+      "correct responses; 0 where it has none).")
+  intra_scale: str = setting("none", "A_intra's divisor: none, or std (that of A_inter; 0 where rewards are equal).")
+  intra_clip: float | None = setting(None, "Bound on |A_intra|, before intra_coef; None means none.")
+  intra_gate: str = setting(
+      "none", "Factor on A_intra: none, solved (0 where the query has no correct response), or rate (its solve rate).")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from hbpo_jax import run_info, validation
 from hbpo_jax.config import Config
 from hbpo_jax.evaluation import store
 from hbpo_jax.files import atomic_write_text, json_value, read_rows
+from hbpo_jax.objective.forms import FORMS
 from hbpo_jax.reporting import curves, plots, tables
 from hbpo_jax.reporting.console import Console
 from hbpo_jax.reporting.curve_findings import lengths_of_moments
@@ -36,7 +37,7 @@ FIRST_ROWS = 20  # Of a metrics.jsonl: the lengths that training starts with, wh
 
 
 def write(cfg: Config, folder: str | os.PathLike, lengths: Lengths | None = None) -> Findings:
-  """Checks a configuration and writes preview.md, preview.json and the two figures into `folder`.
+  """Checks a configuration and writes preview.md, preview.json and, where there is one, two figures into `folder`.
 
   Args:
     cfg: valid settings.
@@ -45,12 +46,17 @@ def write(cfg: Config, folder: str | os.PathLike, lengths: Lengths | None = None
   """
   folder = pathlib.Path(folder)
   findings = curves.check(cfg, lengths)
-  plots.save(reward_figure(cfg, findings.shape), folder / "reward_curves.png")
-  plots.save(advantages_figure(cfg, findings.shape), folder / "advantages.png")
+  if findings.shape is not None:
+    _save_figures(cfg, findings.shape, folder)
   atomic_write_text(
       folder / "preview.json", json.dumps(json_value(dataclasses.asdict(findings)), indent=2, allow_nan=False) + "\n")
   atomic_write_text(folder / "preview.md", _markdown(cfg, findings))
   return findings
+
+
+def _save_figures(cfg: Config, shape: Shape, folder: pathlib.Path) -> None:
+  plots.save(reward_figure(cfg, shape), folder / "reward_curves.png")
+  plots.save(advantages_figure(cfg, shape), folder / "advantages.png")
 
 
 def measured_lengths(directory: str | os.PathLike, budgets: Sequence[int]) -> Lengths | None:
@@ -199,7 +205,10 @@ def _switch_lines(shape: Shape) -> list[str]:
 
 def _markdown(cfg: Config, findings: Findings) -> str:
   shape = findings.shape
-  alpha = "1 / L_max" if cfg.reward.alpha is None else f"{cfg.reward.alpha:g}"
+  if shape is None:
+    return f"# Preview of rewards and advantages\n\nForm `{findings.form}`: {findings.nothing}\n"
+  default = FORMS[findings.form].alpha
+  alpha = ("1 / L_max" if default is None else f"{default:g}") if cfg.reward.alpha is None else f"{cfg.reward.alpha:g}"
   parts = [
       "# Preview of rewards and advantages\n",
       f"Form `{findings.form}`, alpha {alpha}, beta {cfg.reward.beta:g}, L_max {findings.max_response_tokens:,}; "
@@ -227,6 +236,9 @@ def main(cfg: Config, workdir: str) -> None:
   shape = findings.shape
   with Console(dataclasses.replace(cfg.log, live=False), 1) as console:
     console.header([*run_info.describe_profile(cfg), ""])
+    if shape is None:
+      console.message(findings.nothing)
+      return
     console.table(budget_table(shape))
     console.table(group_table(shape))
     for line in _switch_lines(shape):

@@ -25,6 +25,7 @@ from hbpo_jax.evaluation import store
 from hbpo_jax.evaluation.store import Evaluated
 from hbpo_jax.files import atomic_write_text, json_line, json_value
 from hbpo_jax.grading import Grader, Verdict, load_custom
+from hbpo_jax.objective import forms
 from hbpo_jax.reporting import tables
 from hbpo_jax.reporting.console import Console
 from hbpo_jax.reporting.text import plain
@@ -32,7 +33,6 @@ from hbpo_jax.reporting.text import plain
 FORMAT = 1
 SHOWN = 10  # Disagreements printed,
 SHOWN_CHARACTERS = 240  # and characters of the end of each response.
-_BUDGET_FORMS = ("piecewise", "min")
 
 
 class Regrader:
@@ -67,7 +67,7 @@ class Regrader:
       rows: as stored; they follow an opened `<think>` unless one says "thinking_opened": false.
     Returns:
       For each row id, mode, sample, score, reason, given, reward (None where the reward needs a budget and the mode
-      has none), stored_score, stored_reason.
+      has none, or more than one response says), stored_score, stored_reason.
     """
     by_id = {p.id: p for p in problems}
     for i, row in enumerate(rows):
@@ -86,8 +86,11 @@ class Regrader:
 
   def _rewards(self, rows: Sequence[dict[str, Any]], verdicts: Sequence[Verdict]) -> list[float | None]:
     rewards: list[float | None] = [None] * len(rows)
+    form = forms.FORMS[self._reward.form]
+    if not form.stands_alone:
+      return rewards
     for mode in dict.fromkeys(row["mode"] for row in rows):
-      if not mode.isdecimal() and self._reward.form in _BUDGET_FORMS:
+      if not mode.isdecimal() and form.reads_budget:
         continue
       from hbpo_jax.objective import reward  # JAX, which nothing else here needs.
 

@@ -182,8 +182,8 @@ def check_resume(cfg: config.Config, saved: Mapping[str, Any]) -> list[str]:
     ValueError: when a setting that changes what is learned differs; names it, both values and the remedy.
   """
   lines = []
-  for name in config.field_table():
-    here, there = config.get(cfg, name), _nested(saved, name)
+  for name, field in config.field_table().items():
+    here, there = config.get(cfg, name), _nested(saved, name, field.default)
     there = tuple(there) if isinstance(there, list) else there
     if here == there:
       continue
@@ -196,10 +196,13 @@ def check_resume(cfg: config.Config, saved: Mapping[str, Any]) -> list[str]:
   return lines
 
 
-def _nested(tree: Mapping[str, Any], name: str) -> Any:
-  """The entry of a dotted name; None where it does not exist (a setting newer than the checkpoint)."""
+def _nested(tree: Mapping[str, Any], name: str, default: Any) -> Any:
+  """The entry of a dotted name; the default where it does not exist, as a setting newer than the checkpoint has none.
+
+  A new setting's default is what runs did before there was a choice.
+  """
   for part in name.split("."):
     if not isinstance(tree, Mapping) or part not in tree:
-      return None
+      return default
     tree = tree[part]
   return tree

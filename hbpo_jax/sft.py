@@ -158,7 +158,8 @@ def new_model(cfg: Config) -> tuple[assemble.Model, Any, Any]:
         f"sft.path='' makes a model for the synthetic task only, but data.source={cfg.data.source!r}; "
         "set sft.path to a Hugging Face checkpoint.")
   validation.validate(cfg, n_devices=jax.device_count())
-  sentences = (cfg.prompt.budget_sentence, cfg.prompt.efficiency_sentence, cfg.prompt.instruction, cfg.prompt.system)
+  sentences = (cfg.prompt.budget_sentence, cfg.prompt.efficiency_sentence, cfg.prompt.instruction, cfg.prompt.system,
+               *cfg.prompt.openings)
   tokenizer = synthetic.make_tokenizer(cfg.data.synthetic, cfg.rollout.budgets, sentences)
   sft = cfg.sft
   arch = Architecture(

@@ -89,11 +89,16 @@ class Batch:
 
 @struct.dataclass
 class TrainState:
-  """What training changes. step: int32 [], rollout batches done. update: int32 [], optimizer updates done."""
+  """What training changes.
+
+  step: int32 [], rollout batches done.  update: int32 [], optimizer updates done.
+  memory: float32 [] by name, what the reward remembers (`objective.memory`); empty for most.
+  """
   step: Array
   update: Array
   params: Any
   opt_state: Any
+  memory: Any = struct.field(default_factory=dict)
 
 
 def groups_to_rows(groups: tuple, width: int, fill: Any = 0) -> jax.Array:
@@ -117,9 +122,14 @@ def rows_to_groups(rows: jax.Array, n_subgroups: int, n_rollouts: int, widths: t
   return tuple(grouped[:, g, :, :w] for g, w in enumerate(widths))
 
 
-def make_batch(prompts: Prompts, rollouts: Rollouts, advantage_BGJ: jax.Array | None = None) -> Batch:
+def make_batch(
+    prompts: Prompts, rollouts: Rollouts, advantage_BGJ: jax.Array | None = None, prefix_weight: float = 1.0) -> Batch:
   """Rows of the step, [R, P + C], by concatenation; jit-safe.
 
+  Args:
+    prompts, rollouts: of the step.
+    advantage_BGJ: float [B, G, J], or None.
+    prefix_weight: factor on the advantage of forced tokens; with 1, a row has one advantage for all of its tokens.
   Returns:
     A Batch without logp_old_RC and logp_ref_RC; logp_sampler_RC is set.
   """
@@ -132,11 +142,16 @@ def make_batch(prompts: Prompts, rollouts: Rollouts, advantage_BGJ: jax.Array | 
   column_T = jnp.arange(P + C)
   first_R = P - n_prompt_R
   real_RT = (column_T >= first_R[:, None]) & (column_T < P + n_tokens_R[:, None])
+  advantage_RC = None if advantage_BGJ is None else advantage_BGJ.reshape(-1, 1)
+  if advantage_RC is not None and prefix_weight != 1:
+    B, G, J = rollouts.n_tokens_BGJ.shape
+    n_prefix_R = jnp.broadcast_to(jnp.asarray(prompts.n_prefix_G)[None, :, None], (B, G, J)).reshape(-1, 1)
+    advantage_RC = advantage_RC * jnp.where(jnp.arange(C) < n_prefix_R, prefix_weight, 1.0)
   return Batch(
       tokens_RT=jnp.where(real_RT, jnp.concatenate([prompt_RP, groups_to_rows(rollouts.tokens, C)], axis=1), 0),
       segment_RT=real_RT.astype(jnp.int32),
       position_RT=jnp.where(real_RT, column_T - first_R[:, None], 0),
       completion_mask_RC=groups_to_rows(rollouts.completion_mask, C, False),
-      advantage_RC=None if advantage_BGJ is None else advantage_BGJ.reshape(-1, 1),
+      advantage_RC=advantage_RC,
       logp_sampler_RC=groups_to_rows(rollouts.logp_sampler, C, 0.0),
   )

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import time
 from typing import Any
@@ -36,8 +35,8 @@ from hbpo_jax.learning.checkpoint import Checkpointer
 from hbpo_jax.learning.learner import Learner, check_finite
 from hbpo_jax.learning.reference import Reference
 from hbpo_jax.models import lora, weights
-from hbpo_jax.objective import advantage as advantage_lib
-from hbpo_jax.objective import reward as reward_lib
+from hbpo_jax.objective import forms
+from hbpo_jax.objective import step as objective
 from hbpo_jax.reporting import plots, tables
 from hbpo_jax.reporting import summary as summary_lib
 from hbpo_jax.reporting.console import Console
@@ -154,12 +153,13 @@ class Trainer:
     score_BGJ = np.array([v.score for v in generated.verdicts], np.float32).reshape(shape)
     finished_BGJ = np.array([v.finished for v in generated.verdicts]).reshape(shape)
 
-    # Rewards and advantages within and across budgets.
-    reward_BGJ, advantage = rewards_and_advantages(rollouts.n_gen_BGJ, score_BGJ, finished_BGJ, cfg=cfg)
+    # Rewards and advantages within and across budgets, and what the reward remembers for the next step.
+    outcome = self._outcome(step, state, generated, score_BGJ, finished_BGJ)
+    state = state.replace(memory=learner.place_memory(outcome.memory))
 
     # pi_old (and pi_ref) by the trainer's own forward pass, then one update per minibatch. If there is only one, its
     # forward pass gives pi_old.
-    batch, real_share = learner.make_batch(prompts, rollouts, advantage.total_BGJ)
+    batch, real_share = learner.make_batch(prompts, rollouts, outcome.advantage.total_BGJ)
     batch, gap = learner.score_old(state.params, batch)
     if self.reference is not None:
       batch = batch.replace(logp_ref_RC=self.reference.score(batch))
@@ -186,8 +186,23 @@ class Trainer:
         list(self.model.mesh.devices.flat), is_bfloat16=cfg.model.compute_dtype == "bfloat16")
     return state, StepRecord(
         problems=generated.problems, responses=generated.responses, reasons=[v.reason for v in generated.verdicts],
-        score_BGJ=score_BGJ, rollouts=rollouts, reward_BGJ=reward_BGJ, advantage=advantage, updates=updates, extra=gap,
-        seconds=generated.seconds | clock.laps, ledger=generated.ledger | speed | {"update/real_share": real_share})
+        score_BGJ=score_BGJ, rollouts=rollouts, reward_BGJ=outcome.reward_BGJ, advantage=outcome.advantage,
+        updates=updates, extra=gap, objective=outcome.metrics, seconds=generated.seconds | clock.laps,
+        ledger=generated.ledger | speed | {"update/real_share": real_share})
+
+  def _outcome(
+      self, step: int, state: TrainState, generated: "Generated", score_BGJ: np.ndarray, finished_BGJ: np.ndarray,
+  ) -> objective.Outcome:
+    form, given = forms.FORMS[self.cfg.reward.form], {}
+    if form.reads_mode:
+      given["thinks_BGJ"] = np.reshape(
+          self.model.builder.which_think(generated.responses, score_BGJ.shape, self.cfg.rollout.budgets),
+          score_BGJ.shape)
+    if form.has_stages:
+      given["step"] = np.int32(step)
+    if form.has_memory:
+      given["remembered"] = jax.device_get(state.memory)
+    return compute_objective(generated.rollouts.n_gen_BGJ, score_BGJ, finished_BGJ, cfg=self.cfg, **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,15 +220,13 @@ class Generated:
   seconds: dict[str, float]
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+compute_objective = jax.jit(objective.compute, static_argnames="cfg")
+
+
 def rewards_and_advantages(n_gen_BGJ, score_BGJ, finished_BGJ, *, cfg: Config):
-  """(reward [B, G, J], Advantage) of a step, in one program."""
-  budget_tokens_G = np.array(cfg.rollout.budgets)
-  reward_BGJ = reward_lib.compute(
-      n_gen_BGJ, score_BGJ, budget_tokens_G, cfg=cfg.reward, finished_BGJ=finished_BGJ)
-  has_baseline = cfg.reward.form in reward_lib.FORMS_WITH_BASELINE
-  baseline_G = reward_lib.baseline(budget_tokens_G, cfg=cfg.reward) if has_baseline else None
-  return reward_BGJ, advantage_lib.compute(reward_BGJ, baseline_G, cfg=cfg.advantage)
+  """(reward [B, G, J], Advantage) of a step, in one program; of forms that read no more than this."""
+  outcome = compute_objective(n_gen_BGJ, score_BGJ, finished_BGJ, cfg=cfg)
+  return outcome.reward_BGJ, outcome.advantage
 
 
 def training_key(seed: int) -> jax.Array:

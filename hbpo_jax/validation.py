@@ -3,12 +3,13 @@
 Types are checked when the config is read (`hbpo_jax.config.from_config_dict`); this checks values and combinations.
 """
 
-from collections.abc import Sequence
-import itertools
 import math
 from typing import Any
 
 from hbpo_jax import config
+from hbpo_jax.objective import checks, forms
+from hbpo_jax.requirements import increasing as _increasing
+from hbpo_jax.requirements import require as _require
 
 CHOICES = {
     "profile": tuple(config.PROFILES),
@@ -20,8 +21,13 @@ CHOICES = {
     "rollout.layers": ("auto", "stacked", "unrolled"),
     "rollout.prefill_kernel": ("auto", "xla", "splash", "cudnn"),
     "rollout.decode_kernel": ("auto", "xla", "pallas_tpu", "pallas_gpu"),
-    "reward.form": ("piecewise", "min", "classic", "cosine"),
+    "reward.form": tuple(forms.FORMS),
+    "advantage.form": ("group", "leave_one_out", "reference"),
     "advantage.std_ddof": (0, 1),
+    "advantage.intra_form": ("baseline", "within"),
+    "advantage.intra_baseline": ("budget", "correct_length"),
+    "advantage.intra_scale": ("none", "std"),
+    "advantage.intra_gate": ("none", "solved", "rate"),
     "loss.kl_estimator": ("k1", "k2", "k3"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.first_moment_dtype": ("float32", "bfloat16"),
@@ -63,7 +69,18 @@ _INTERVALS = {
     "rollout.top_p": (0.0, False, 1.0, True),
     "reward.alpha": _NOT_NEGATIVE,
     "reward.beta": _POSITIVE,
+    "prompt.prefix_weight": _FRACTION,
     "reward.unfinished_reward": (-math.inf, False, math.inf, False),
+    "reward.floor": (-math.inf, False, math.inf, False),
+    "reward.delta": _NOT_NEGATIVE,
+    "reward.gate_share": _FRACTION,
+    "reward.gate_accuracy": _FRACTION,
+    "reward.penalty_start": _NOT_NEGATIVE,
+    "reward.penalty_rate": _NOT_NEGATIVE,
+    "reward.target_accuracy": _FRACTION,
+    "reward.balance": _FRACTION,
+    "reward.balance_slope": _NOT_NEGATIVE,
+    "advantage.intra_clip": _POSITIVE,
     "advantage.intra_coef": _NOT_NEGATIVE,
     "advantage.std_eps": _POSITIVE,
     "loss.clip_low": (0.0, False, 1.0, False),
@@ -112,6 +129,7 @@ def validate(cfg: config.Config, *, n_devices: int, arch: Any = None, prefix_tok
   """
   _check_each_alone(cfg)
   _check_budgets(cfg)
+  checks.check(cfg)
   _check_sampler(cfg)
   _check_reward(cfg)
   _check_text(cfg)
@@ -146,11 +164,6 @@ def validate_evaluation(cfg: config.Config, *, n_devices: int) -> None:
 
 def _is_mode(mode: str) -> bool:
   return mode in ("natural", "efficiency") or (mode.isascii() and mode.isdigit() and int(mode) > 0)
-
-
-def _require(holds: bool, cfg: config.Config, field: str, problem: str, remedy: str) -> None:
-  if not holds:
-    raise ValueError(f"config.{field}={config.get(cfg, field)!r} {problem}; {remedy}.")
 
 
 def _check_each_alone(cfg: config.Config) -> None:
@@ -205,15 +218,7 @@ def _check_sampler(cfg: config.Config) -> None:
              f"set model.compute_dtype=bfloat16, or {field}=xla")
 
 
-def _increasing(values: Sequence[int]) -> bool:
-  return all(a < b for a, b in itertools.pairwise(values))
-
-
 def _check_reward(cfg: config.Config) -> None:
-  if cfg.reward.form in ("classic", "cosine"):
-    _require(cfg.advantage.intra_coef == 0, cfg, "advantage.intra_coef",
-             f"needs a budget baseline, which config.reward.form={cfg.reward.form!r} has not",
-             "set advantage.intra_coef=0 or choose reward.form piecewise or min")
   _require(cfg.rollout.rollouts_per_query > cfg.advantage.std_ddof, cfg, "advantage.std_ddof",
            f"leaves no degree of freedom with config.rollout.rollouts_per_query={cfg.rollout.rollouts_per_query}",
            "take more rollouts per query or set std_ddof=0")
@@ -227,8 +232,12 @@ def _is_dotted(path: str) -> bool:
 
 
 def _check_text(cfg: config.Config) -> None:
-  _require("{budget}" in cfg.prompt.budget_sentence, cfg, "prompt.budget_sentence", "does not contain {budget}",
-           "write {budget} where the number of tokens goes")
+  sentence = cfg.prompt.budget_sentence
+  _require(not sentence or "{budget}" in sentence, cfg, "prompt.budget_sentence", "does not contain {budget}",
+           "write {budget} where the number of tokens goes, or nothing to force none")
+  for field, modes in (("eval.mode", (cfg.eval.mode,)), ("eval.modes", cfg.eval.modes)):
+    _require(bool(sentence) or not any(m == "budgets" or m.isdigit() for m in modes), cfg, field,
+             "asks for a budget sentence, and config.prompt.budget_sentence is empty", "choose natural or efficiency")
   _require(_is_mode(cfg.eval.mode), cfg, "eval.mode", "does not exist",
            "choose natural, efficiency, or a budget such as 1024")
   _require(cfg.data.source != "", cfg, "data.source", "is empty",

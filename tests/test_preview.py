@@ -166,3 +166,12 @@ def test_every_setting_in_a_remedy_exists():
     for warning in curves.check(cfg).warnings:
       names = re.findall(r"\b((?:rollout|reward|advantage|loss|prompt)\.[a-z_]+)", warning.text)
       assert names and set(names) <= set(table)
+
+
+def test_a_form_without_a_curve_says_why(tmp_path, capsys):
+  run(tmp_path, "--config=deepscaler_1p5b", "--config.reward.form=hmpo", "--config.advantage.intra_coef=0")
+  why = "there is no reward curve to draw: with reward.form=hmpo"
+  assert why in capsys.readouterr().out.replace("\n", " ")
+  assert sorted(p.name for p in (tmp_path / "preview").iterdir()) == ["preview.json", "preview.md"]
+  assert why in (tmp_path / "preview" / "preview.md").read_text()
+  assert json.loads((tmp_path / "preview" / "preview.json").read_text())["shape"] is None

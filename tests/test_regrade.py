@@ -146,7 +146,8 @@ def test_rewards_of_budget_modes(tmp_path):
 
 
 @pytest.mark.parametrize("form, expected", [
-    ("cosine", 4.0 * np.cos(np.pi * 10 / 8192)), ("classic", 1.0), ("piecewise", None), ("min", None)])
+    ("cosine", 4.0 * np.cos(np.pi * 10 / 8192)), ("classic", 1.0), ("piecewise", None), ("min", None),
+    ("l1_max", None), ("hmpo", None), ("adlp", None)])
 def test_other_modes_get_the_rewards_that_need_no_budget(tmp_path, form, expected):
   evaluation(tmp_path, {"one": [row(mode="efficiency")]}, modes=("efficiency",))
   regrade.main(with_reward(form=form), str(tmp_path))  # intra_coef is that of the paper.

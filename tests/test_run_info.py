@@ -92,3 +92,14 @@ def test_git_state_of_a_checkout(tmp_path):
   assert len(clean["commit"]) == 40 and clean["dirty"] is False
   (package / "__init__.py").write_text("changed = 1\n")
   assert run_info.git_state(package) == {"commit": clean["commit"], "dirty": True}
+
+
+def test_a_setting_newer_than_the_checkpoint_had_its_default():
+  cfg = config.from_config_dict(config.new("paper"))
+  saved = config.to_json_dict(cfg)
+  del saved["reward"]["floor"], saved["advantage"]["form"]
+  assert run_info.check_resume(cfg, saved) == []
+  cd = config.to_config_dict(cfg)
+  cd.advantage.form = "leave_one_out"
+  with pytest.raises(ValueError, match=r"config.advantage.form='leave_one_out', but .* was trained with 'group'"):
+    run_info.check_resume(config.from_config_dict(cd), saved)

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from hbpo_jax import config, flags, validation
+from hbpo_jax.objective import forms
 
 ARCH = types.SimpleNamespace(max_context=5120)
 
@@ -46,6 +47,8 @@ def test_profiles_pass(profile):
 CHOICE_CASES = {
     "profile": "best", "model.compute_dtype": "float16", "model.param_dtype": "float16", "model.remat": "some",
     "prompt.prefix_role": "both", "reward.form": "linear", "advantage.std_ddof": 2, "loss.kl_estimator": "k4",
+    "advantage.form": "median", "advantage.intra_form": "across", "advantage.intra_baseline": "mean",
+    "advantage.intra_scale": "mad", "advantage.intra_gate": "open",
     "optimizer.schedule": "step", "learner.nonfinite": "ignore", "rollout.layers": "looped",
     "rollout.prefill_kernel": "flash", "rollout.decode_kernel": "paged", "pipeline": "async",
     "optimizer.first_moment_dtype": "float16", "optimizer.second_moment": "none", "learner.attention_kernel": "flash",
@@ -98,7 +101,13 @@ REAL_CASES = [
     ("lora.alpha", (0.0, INF, NAN), (1.0,)),
     ("rollout.temperature", (0.0, -1.0, INF, NAN), (0.1,)), ("rollout.top_p", (0.0, 1.1, NAN), (0.1, 1.0)),
     ("reward.alpha", (-0.1, INF, NAN), (0.0, None)), ("reward.beta", (0.0, NAN), (1.0,)),
-    ("reward.unfinished_reward", (INF, -INF, NAN), (-1.0,)), ("advantage.intra_coef", (-1.0, NAN), (0.0, 2.0)),
+    ("reward.unfinished_reward", (INF, -INF, NAN), (-1.0,)), ("reward.floor", (INF, NAN), (-1.0, 0.1, None)),
+    ("prompt.prefix_weight", (-0.1, 1.1, NAN), (0.0, 0.5)), ("reward.delta", (-0.1, NAN), (0.0, None)),
+    ("reward.gate_share", (-0.1, 1.1, NAN), (0.0, 1.0)), ("reward.gate_accuracy", (-0.1, 1.1, NAN), (0.0, 1.0)),
+    ("reward.penalty_start", (-1.0, INF, NAN), (0.0,)), ("reward.penalty_rate", (-1.0, INF, NAN), (0.0,)),
+    ("reward.target_accuracy", (-0.1, 1.1, NAN), (0.0, 1.0)), ("reward.balance", (-0.1, 1.1, NAN), (0.0, 1.0)),
+    ("reward.balance_slope", (-1.0, NAN), (0.0,)), ("advantage.intra_clip", (0.0, -1.0, NAN), (0.1, None)),
+    ("advantage.intra_coef", (-1.0, NAN), (0.0, 2.0)),
     ("advantage.std_eps", (0.0, NAN), (1e-9,)), ("loss.clip_low", (0.0, 1.0, NAN), (0.5,)),
     ("loss.clip_high", (0.0, 1.0, NAN), (0.5,)), ("loss.dual_clip", (1.0, NAN), (1.1, None)),
     ("loss.kl_coef", (-1.0, NAN), (0.0, 0.1)), ("loss.importance_cap", (0.0, NAN), (2.0, None)),
@@ -181,10 +190,78 @@ def test_caps_may_equal_budgets():
 
 # Reward and advantage.
 
-@pytest.mark.parametrize("form", ["classic", "cosine"])
+@pytest.mark.parametrize("form", ["classic", "cosine", "l1_max", "alp"])
 def test_reward_without_baseline_has_no_intra_term(form):
   refuse(r"advantage\.intra_coef", "needs a budget baseline", reward__form=form, advantage__intra_coef=1.0)
   check(reward__form=form, advantage__intra_coef=0.0)
+  check(reward__form=form, advantage__intra_coef=1.0, advantage__intra_form="within")
+  refuse(r"advantage\.intra_baseline", "is an expected f2", reward__form=form, advantage__intra_coef=0.0,
+         advantage__intra_baseline="correct_length")
+  check(advantage__intra_baseline="correct_length")
+
+
+ADAPT = {"reward__form": "adaptthink", "advantage__intra_coef": 0.0, "rollout__budgets": (512, 4096)}
+PRUNE = {"reward__form": "thinkprune", "advantage__intra_coef": 0.0, "steps": 100}
+PLAIN = {"prompt__budget_sentence": "", "rollout__budgets": (4096,)}
+
+
+@pytest.mark.parametrize("form", sorted(set(forms.FORMS) - set(forms.OWN)))
+def test_other_methods_pass_without_a_budget_sentence_unless_the_prompt_names_the_budget(form):
+  more = {"reward__form": form, "advantage__intra_coef": 0.0}
+  if form == "thinkprune":
+    more |= {"reward__limits": (4000,)}
+  if form == "adaptthink":
+    check(**ADAPT, prompt__openings=("natural", "</think>"))
+  elif forms.FORMS[form].reads_budget:
+    refuse(r"prompt\.budget_sentence", "the model must be told", **more, **PLAIN)
+    check(**more)
+  else:
+    check(**more, **PLAIN)
+  refuse(r"reward\.unfinished_reward", "is a wrong one", **more, reward__unfinished_reward=-1.0)
+
+
+def test_a_run_without_a_budget_sentence():
+  check(**PLAIN)
+  refuse(r"prompt\.budget_sentence", "cannot tell the 4 budgets", prompt__budget_sentence="")
+  refuse(r"eval\.mode", "asks for a budget sentence", **PLAIN, eval__mode="512")
+  refuse(r"eval\.modes", "asks for a budget sentence", **PLAIN, eval__modes=("natural", "budgets"))
+
+
+def test_openings():
+  check(prompt__openings=("a", "b {budget}", "natural", "</think>"), prompt__budget_sentence="")
+  refuse(r"prompt\.openings", "has 1 texts for 4 budgets", prompt__openings=("a",))
+  refuse(r"prompt\.openings", "write natural", prompt__openings=("a", " ", "b", "c"))
+  refuse(r"prompt\.openings", "does not close the thought", **ADAPT)
+  refuse(r"prompt\.openings", "does not close the thought", **ADAPT, prompt__openings=("</think>", "</think>"))
+
+
+def test_the_weight_of_a_prefix_needs_a_prefix_with_loss():
+  refuse(r"prompt\.prefix_weight", "prefix_role=action", prompt__prefix_weight=0.5, prompt__prefix_role="context")
+  check(prompt__prefix_weight=0.5)
+
+
+@pytest.mark.parametrize("field,words,changes", [
+    (r"reward\.limits", "is empty", {}),
+    (r"reward\.limits", "descending", {"reward__limits": (2000, 4000), "reward__limit_steps": (9,)}),
+    (r"reward\.limits", "exceeds config.reward.max_response_tokens=4096", {"reward__limits": (5000,)}),
+    (r"reward\.limit_steps", "has 0 steps for the 1 changes", {"reward__limits": (4000, 2000)}),
+    (r"reward\.limit_steps", "ascending", {"reward__limits": (4000, 3000, 2000), "reward__limit_steps": (9, 9)}),
+    (r"reward\.limit_steps", "the run's 100 steps", {"reward__limits": (4000, 2000), "reward__limit_steps": (100,)}),
+])  # fmt: skip
+def test_limits(field, words, changes):
+  refuse(field, words, **PRUNE, **changes)
+  check(**PRUNE, reward__limits=(4000, 3000, 2000), reward__limit_steps=(1, 99))
+  refuse(r"reward\.limits", "is not read", reward__limits=(4000,))
+
+
+def test_advantage_forms():
+  refuse(r"advantage\.form", "which responses think", advantage__form="reference")
+  check(**ADAPT, prompt__openings=("natural", "</think>"), advantage__form="reference")
+  one = {"rollout__budgets": (512,), "rollout__rollouts_per_query": 1, "advantage__std_ddof": 0}
+  refuse(r"advantage\.form", "compares a response", **one, advantage__form="leave_one_out")
+  four = {"rollout__rollouts_per_query": 4, "advantage__intra_form": "within"}
+  refuse(r"advantage\.std_ddof", "subgroups of 1", **four, advantage__std_ddof=1)
+  check(**four, advantage__std_ddof=0)
 
 
 def test_std_needs_a_degree_of_freedom():

@@ -45,7 +45,7 @@ class Pipeline:
     kept, self.n_dropped = keep_short(problems, builder, cfg.data.max_prompt_tokens)
     self.problems = [p for p, _ in kept]
     self._builder = builder
-    self._prefix = builder.prefix(cfg.rollout.budgets)
+    self._prefix = builder.training_prefix(cfg.rollout.budgets)
     self._max_prompt_tokens = cfg.data.max_prompt_tokens
     per_process = queries // process_count
     self._first_query = process_index * per_process

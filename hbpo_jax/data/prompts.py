@@ -47,10 +47,10 @@ class PromptBuilder:
       raise ValueError(
           f"The tokenizer of model.path={name!r} has no end-of-sequence token; set `eos_token` in its"
           " tokenizer_config.json.")
-    if "{budget}" not in cfg.prompt.budget_sentence:
+    if cfg.prompt.budget_sentence and "{budget}" not in cfg.prompt.budget_sentence:
       raise ValueError(
           f"prompt.budget_sentence={cfg.prompt.budget_sentence!r} does not say where the budget goes; put {{budget}} in"
-          " it.")
+          " it, or force none with ''.")
     self.eos_ids = eos_ids(tokenizer, checkpoint_dir or cfg.model.path)
     self._own_eos = _int(tokenizer.eos_token_id)
     self._tokenizer = tokenizer
@@ -105,14 +105,30 @@ class PromptBuilder:
     Raises:
       ValueError: when a mode does not exist, or there is none.
     """
-    rows = [self._opening(mode) for mode in ([what] if isinstance(what, str | int) else what)]
-    if not rows:
-      raise ValueError("rollout.budgets=() is empty; give at least one budget.")
-    n_prefix_G = np.array([len(r) for r in rows], np.int32)
-    prefix_GF = np.zeros((len(rows), n_prefix_G.max()), np.int32)
-    for g, row in enumerate(rows):
-      prefix_GF[g, :len(row)] = row
-    return prefix_GF, n_prefix_G
+    return _padded([self._opening(mode) for mode in ([what] if isinstance(what, str | int) else what)])
+
+  def training_prefix(self, budgets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """As `prefix` of the budgets, but with the texts of prompt.openings, where these are given.
+
+    Raises:
+      ValueError: when there is no budget.
+    """
+    if not self._cfg.openings:
+      return self.prefix(budgets)
+    return _padded([self._encode_plain(self._cfg.opening(g, b)) for g, b in enumerate(budgets)])
+
+  def which_think(self, responses: Sequence[str], shape: tuple[int, ...], budgets: Sequence[int]) -> np.ndarray:
+    """Which responses think, bool `shape`: something but the forced opening stands before the first `</think>`.
+
+    Args:
+      responses: texts in (query, budget, rollout) order, forced openings included.
+      shape: (B, G, J).
+      budgets: G of them.
+    """
+    openings = [self._cfg.opening(g, b).partition(THINK_CLOSE)[0].strip() for g, b in enumerate(budgets)]
+    inside = [text.partition(THINK_CLOSE)[0].strip() for text in responses]
+    subgroup = np.broadcast_to(np.arange(shape[1])[:, None], shape).reshape(-1)
+    return np.array([text not in ("", openings[g]) for text, g in zip(inside, subgroup, strict=True)]).reshape(shape)
 
   def _opening(self, mode: str | int) -> list[int]:
     if mode == NATURAL:
@@ -187,6 +203,16 @@ class PromptBuilder:
 
   def _encode_plain(self, text: str) -> list[int]:
     return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+  if not rows:
+    raise ValueError("rollout.budgets=() is empty; give at least one budget.")
+  n_prefix_G = np.array([len(r) for r in rows], np.int32)
+  prefix_GF = np.zeros((len(rows), n_prefix_G.max()), np.int32)
+  for g, row in enumerate(rows):
+    prefix_GF[g, :len(row)] = row
+  return prefix_GF, n_prefix_G
 
 
 def eos_ids(tokenizer: transformers.PreTrainedTokenizerBase, checkpoint_dir: str = "") -> tuple[int, ...]:

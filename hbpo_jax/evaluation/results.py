@@ -27,7 +27,7 @@ def compute(evaluated: Evaluated, *, budget_sentence: str) -> dict[str, Any]:
 
   Args:
     evaluated: manifest, problems and rows of the evaluation.
-    budget_sentence: setting `prompt.budget_sentence`, to find responses that state a budget.
+    budget_sentence: setting `prompt.budget_sentence`, to find responses that state a budget; empty for none.
   Returns:
     format, hbpo_jax, model, modes, samples_per_problem; benchmarks: by name {title, n_problems, modes: by mode the
     numbers of `mode_statistics` and n_expected}; average: by mode {accuracy, tokens: intervals of the unweighted mean
@@ -37,7 +37,7 @@ def compute(evaluated: Evaluated, *, budget_sentence: str) -> dict[str, Any]:
   """
   manifest, rows = evaluated.manifest, evaluated.rows
   modes, n_samples = list(manifest["modes"]), manifest["samples_per_problem"]
-  pattern = patterns.budget_pattern(budget_sentence)
+  pattern = patterns.budget_pattern(budget_sentence) if budget_sentence else None
   benchmarks = {}
   for name, about in manifest["benchmarks"].items():
     expected = {"n_expected": about["n_problems"] * n_samples}

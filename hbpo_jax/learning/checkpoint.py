@@ -6,6 +6,7 @@ on the devices at the moment of `save`. Random keys are functions of (seed, step
 """
 
 from collections.abc import Callable
+import dataclasses
 import hashlib
 import json
 import logging
@@ -103,7 +104,8 @@ class Checkpointer:
       raise ValueError(f"the checkpoint's meta is not plain JSON ({error}); convert its values first.") from error
     self._saving = step
     return self._manager.save(
-        step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(content)), force=True)
+        step, force=True, args=ocp.args.Composite(
+            state=ocp.args.StandardSave(_stored(state)), meta=ocp.args.JsonSave(content)))
 
   def restore_latest(
       self, abstract_state: TrainState, *, check: Callable[[dict[str, Any]], Any] | None = None
@@ -237,8 +239,9 @@ class Checkpointer:
             "with, or give another --workdir.")
 
   def _read_state(self, step: int, abstract_state: TrainState, expected: dict[str, int]) -> TrainState:
-    state = self._manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))["state"]
+    stored = self._manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_stored(abstract_state))))["state"]
+    state = abstract_state.replace(**stored)
     found = fingerprint(state)
     if wrong := sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name)):
       raise DamagedCheckpointError(f"array {wrong[0]} does not match its checksum")
@@ -255,6 +258,15 @@ class Checkpointer:
         (self.directory / str(step)).rename(target / f"{step}.{n}")
     distributed.barrier("damaged checkpoints moved away")
     self._manager.reload()
+
+
+def _stored(state: Any) -> dict[str, Any]:
+  """The fields of a state that hold something, by name.
+
+  An empty memory is left out, so that checkpoints from before there was one are read as they are.
+  """
+  fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+  return {name: value for name, value in fields.items() if name != "memory" or value}
 
 
 def fingerprint(tree: Any) -> dict[str, int]:

@@ -22,6 +22,7 @@ from hbpo_jax.learning.scoring import batch_logps, chunked_logps, score  # noqa:
 from hbpo_jax.models import decoder, kernels, lora, sharding
 from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.objective import loss
+from hbpo_jax.objective import memory as memory_lib
 from hbpo_jax.structs import Batch, Prompts, Rollouts, TrainState
 
 _PARTS = 16  # Micro-batches of a packed minibatch, if all of its rows were used.
@@ -194,7 +195,8 @@ class Learner:
     self.state_shardings = TrainState(
         step=whole, update=whole, params=self.param_shardings,
         opt_state=optimizer.state_shardings(
-            self._tx, _abstract_trained(arch, cfg, "float32"), self.param_shardings, whole))
+            self._tx, _abstract_trained(arch, cfg, "float32"), self.param_shardings, whole),
+        memory=dict.fromkeys(memory_lib.init(cfg.reward), whole))
     policy, supervised = (
         functools.partial(f, arch=arch, cfg=cfg, shards=self.shards, kernel=self.kernel)
         for f in (policy_loss, supervised_loss))
@@ -225,7 +227,13 @@ class Learner:
     params = jax.device_put(params, self.param_shardings)
     zero = sharding.put(jnp.zeros((), jnp.int32), sharding.replicated(self.mesh))
     # Two buffers, because each is donated on its own.
-    return TrainState(step=zero, update=jnp.copy(zero), params=params, opt_state=self._init_opt(params))
+    return TrainState(
+        step=zero, update=jnp.copy(zero), params=params, opt_state=self._init_opt(params),
+        memory=self.place_memory(memory_lib.init(self.cfg.reward)))
+
+  def place_memory(self, memory: dict[str, Any]) -> dict[str, jax.Array]:
+    """What the reward remembers, on all devices of the mesh."""
+    return {name: sharding.put(value, sharding.replicated(self.mesh)) for name, value in memory.items()}
 
   def freeze(self, params: Any) -> None:
     """Takes the base of adapters; before anything is scored or updated, where `new_state` was not called."""
@@ -239,7 +247,9 @@ class Learner:
     """Shapes, dtypes and shardings of the state, for restoring a checkpoint."""
     def described(params):
       zero = jnp.zeros((), jnp.int32)
-      return TrainState(step=zero, update=zero, params=params, opt_state=self._init_opt_traced(params))
+      return TrainState(
+          step=zero, update=zero, params=params, opt_state=self._init_opt_traced(params),
+          memory=memory_lib.init(self.cfg.reward))
 
     shapes = jax.eval_shape(described, _abstract_trained(self.arch, self.cfg, self.cfg.model.param_dtype))
     return jax.tree.map(
@@ -271,10 +281,11 @@ class Learner:
     if self.cfg.learner.pack:
       batch, share = packing.pack(
           prompts, rollouts, advantage_BGJ, n_minibatches=self.cfg.learner.minibatches, micro_rows=self.micro_rows,
-          shards=self.shards, row_tokens=self.cfg.learner.row_tokens, share_prompts=self.kernel != "splash")
+          shards=self.shards, row_tokens=self.cfg.learner.row_tokens, share_prompts=self.kernel != "splash",
+          prefix_weight=self.cfg.prompt.prefix_weight)
       return self.place(batch), share
     n_prompt_B = np.asarray(prompts.n_prompt_B)[:, None, None]
-    batch = structs.make_batch(prompts, rollouts, advantage_BGJ)
+    batch = structs.make_batch(prompts, rollouts, advantage_BGJ, self.cfg.prompt.prefix_weight)
     return self.place(batch), float((n_prompt_B + rollouts.n_tokens_BGJ).sum()) / batch.tokens_RT.size
 
   def score(self, params: Any, batch: Batch, temperature: float | None = None) -> jax.Array:

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from hbpo_jax.config import RewardConfig
+from hbpo_jax.objective import forms, rivals
 
-FORMS = ("piecewise", "min", "classic", "cosine")
-FORMS_WITH_BASELINE = ("piecewise", "min")
+FORMS = forms.OWN
+FORMS_WITH_BASELINE = forms.WITH_BASELINE
 
 
 def compute(
@@ -24,6 +25,9 @@ def compute(
     *,
     cfg: RewardConfig,
     finished_BGJ: Any = None,
+    thinks_BGJ: Any = None,
+    step: Any = None,
+    memory: Any = None,
 ) -> jax.Array:
   """Reward of every response.
 
@@ -34,7 +38,9 @@ def compute(
       classic    1
       cosine     beta * cos(pi * n / (2 * L_max))
 
-  A response that is unfinished and not correct gets cfg.unfinished_reward, whatever its length.
+  but at least cfg.floor (times its correctness), if that is set. A response that is unfinished and not correct gets
+  cfg.unfinished_reward, whatever its length. The other forms are those of `rivals`; to them a response beyond L_max is
+  wrong, and an unfinished one no more than that.
 
   Args:
     n_gen_BGJ: int [B, G, J], counted tokens of each response.
@@ -42,10 +48,11 @@ def compute(
     budget_tokens_G: int [G], budget of each subgroup.
     cfg: the reward's settings; alpha None means 1 / L_max.
     finished_BGJ: bool [B, G, J], True = the response reached its answer; None means all did.
+    thinks_BGJ, step, memory: for the forms of `rivals` that read them, as in `rivals.Responses`.
   Returns:
     float [B, G, J] in JAX's default float dtype; negative far above the budget.
   Raises:
-    ValueError: when cfg.form does not exist.
+    ValueError: when cfg.form does not exist, or what it reads is missing.
   Source: Section 3.2, Eqs. 1-3; differs from the release: it uses `min` and unfinished_reward -1.
   """
   _check_form(cfg)
@@ -58,6 +65,9 @@ def compute(
   b = jnp.asarray(budget_tokens_G).astype(dtype)[None, :, None]
   chex.assert_axis_dimension(n, 1, b.shape[1])
 
+  if cfg.form in rivals.REWARDS:
+    given = responses(n_gen_BGJ, correct_BGJ, budget_tokens_G, thinks_BGJ, step, memory, cfg=cfg)
+    return _floored(rivals.REWARDS[cfg.form](given, cfg), given.score_BGJ, cfg).astype(dtype)
   if cfg.form == "classic":
     earned = jnp.ones_like(n)
   elif cfg.form == "cosine":
@@ -68,7 +78,7 @@ def compute(
     earned = jnp.where(n > b, f1, f2) if cfg.form == "piecewise" else jnp.minimum(f1, f2)
   # where, not a product: a wrong answer is +0.0 however the earned reward is signed.
   counts = (correct_BGJ > 0) & (n <= cfg.max_response_tokens)
-  reward = jnp.where(counts, correct_BGJ * earned, 0.0)
+  reward = _floored(jnp.where(counts, correct_BGJ * earned, 0.0), jnp.where(counts, correct_BGJ, 0.0), cfg)
   if finished_BGJ is not None:
     finished_BGJ = jnp.asarray(finished_BGJ)
     chex.assert_equal_shape([n_gen_BGJ, finished_BGJ])
@@ -98,6 +108,36 @@ def baseline(budget_tokens_G: Any, *, cfg: RewardConfig) -> jax.Array:
   return _cosine(budget_G, cfg)
 
 
+def responses(
+    n_gen_BGJ: Any, correct_BGJ: Any, budget_tokens_G: Any, thinks_BGJ: Any, step: Any, memory: Any, *,
+    cfg: RewardConfig) -> rivals.Responses:
+  """What the forms of `rivals` read, from the arguments of `compute`."""
+  dtype = jnp.result_type(float)
+  n = jnp.asarray(n_gen_BGJ).astype(dtype)
+  score_BGJ = jnp.where(n <= cfg.max_response_tokens, jnp.asarray(correct_BGJ).astype(dtype), 0.0)
+  return rivals.Responses(n, score_BGJ, jnp.asarray(budget_tokens_G).astype(dtype), thinks_BGJ, step, memory)
+
+
+def expected(n_gen_BGJ: Any, correct_BGJ: Any, *, cfg: RewardConfig) -> jax.Array:
+  """The reward f2(m) at the mean length m of a query's correct responses, float [B, 1]; 0 where it has none.
+
+  A baseline that follows the query's difficulty, in place of f2(b): of a query that no response solves, nothing is
+  expected.
+
+  Args:
+    n_gen_BGJ, correct_BGJ, cfg: as in `compute`; cfg.form has a baseline.
+  Raises:
+    ValueError: when cfg.form has none.
+  """
+  given = responses(n_gen_BGJ, correct_BGJ, (), None, None, None, cfg=cfg)
+  mean_B11, solved_B11 = rivals.mean_correct_length(given.n_BGJ, given.score_BGJ)
+  return jnp.where(solved_B11, baseline(mean_B11.reshape(-1), cfg=cfg)[:, None, None], 0.0)[:, :, 0]
+
+
+def _floored(reward: jax.Array, score: jax.Array, cfg: RewardConfig) -> jax.Array:
+  return reward if cfg.floor is None else jnp.where(score > 0, jnp.maximum(reward, score * cfg.floor), reward)
+
+
 def _cosine(n: jax.Array, cfg: RewardConfig) -> jax.Array:
   return cfg.beta * jnp.cos(math.pi / 2 * (n / cfg.max_response_tokens))
 
@@ -107,5 +147,5 @@ def _alpha(cfg: RewardConfig) -> float:
 
 
 def _check_form(cfg: RewardConfig) -> None:
-  if cfg.form not in FORMS:
-    raise ValueError(f"reward.form={cfg.form!r} does not exist; choose one of {FORMS}.")
+  if cfg.form not in forms.FORMS:
+    raise ValueError(f"reward.form={cfg.form!r} does not exist; choose one of {', '.join(forms.FORMS)}.")

@@ -224,8 +224,9 @@ def find_prefix(cfg: Config, arch: Architecture, directory: pathlib.Path | None)
     from hbpo_jax import assemble
     from hbpo_jax.data.prompts import PromptBuilder
     builder = PromptBuilder(assemble.load_tokenizer(directory, arch), cfg, str(directory))
-    return tuple(int(n) for n in builder.prefix(cfg.rollout.budgets)[1]), "counted with the checkpoint's tokenizer"
+    n_prefix_G = builder.training_prefix(cfg.rollout.budgets)[1]
+    return tuple(map(int, n_prefix_G)), "counted with the checkpoint's tokenizer"
   # A token for each word, digit and mark, and one for what may lie between.
-  n_tokens = lambda budget: 1 + len(
-      re.findall(r"[^\W\d]+|\d|[^\w\s]", cfg.prompt.budget_sentence.format(budget=budget)))
-  return tuple(map(n_tokens, cfg.rollout.budgets)), "assumed, a token per word, digit and mark: no tokenizer at hand"
+  texts = [cfg.prompt.opening(g, budget) for g, budget in enumerate(cfg.rollout.budgets)]
+  n_tokens = lambda text: 1 + len(re.findall(r"[^\W\d]+|\d|[^\w\s]", text)) if text else 0
+  return tuple(map(n_tokens, texts)), "assumed, a token per word, digit and mark: no tokenizer at hand"

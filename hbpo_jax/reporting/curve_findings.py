@@ -15,6 +15,7 @@ import numpy as np
 
 from hbpo_jax.config import Config
 from hbpo_jax.objective import advantage as advantage_lib
+from hbpo_jax.objective import forms, memory
 from hbpo_jax.objective import reward as reward_lib
 
 _CLOSE = 2e-6  # Of the largest reward: what float32 cannot tell apart.
@@ -150,8 +151,8 @@ def measure(cfg: Config, lengths: Lengths | None = None) -> Shape:
   budgets = np.array(cfg.rollout.budgets)[:, None]
   wrong_G, unfinished_G = (_reward(cfg, budgets, 0.0, finished)[:, 0] for finished in (True, False))
   right_G = np.array([_reward(cfg, budgets, 1.0)[g, 0] for g in range(len(budgets))])
-  intra_G2 = _intra_range(cfg, reward_GN, wrong_G, unfinished_G)
-  push_G2 = _push_range(cfg, right_G, [wrong_G, unfinished_G])
+  push_G2, of_groups_G2 = _push_range(cfg, right_G, [wrong_G, unfinished_G])
+  intra_G2 = _intra_range(cfg, reward_GN, wrong_G, unfinished_G) if _is_linear(cfg) else of_groups_G2
   switches, never_best = _best_budgets(cfg, reward_GN, tolerance)
   of_budgets = tuple(
       _of_budget(cfg, g, n_gen_N, reward_GN[g], (float(wrong_G[g]), float(unfinished_G[g])), tolerance, lengths,
@@ -170,16 +171,38 @@ _compute_advantage = jax.jit(advantage_lib.compute, static_argnames="cfg")
 def _reward(cfg: Config, n_gen_GJ: Any, correct: float, finished: bool = True) -> np.ndarray:
   """Rewards [G, J] of responses that are all correct (1) or not (0), and all finished or not."""
   n_gen_BGJ = np.asarray(n_gen_GJ)[None]
+  form, given = forms.FORMS[cfg.reward.form], {}
+  if form.reads_mode:
+    given["thinks_BGJ"] = np.ones(n_gen_BGJ.shape, bool)
+  if form.has_stages:
+    given["step"] = np.int32(0)
+  if form.has_memory:
+    given["memory"] = memory.init(cfg.reward)
   return np.asarray(_compute_reward(
       n_gen_BGJ, np.full(n_gen_BGJ.shape, correct), np.array(cfg.rollout.budgets), cfg=cfg.reward,
-      finished_BGJ=np.full(n_gen_BGJ.shape, finished)), np.float64)[0]
+      finished_BGJ=np.full(n_gen_BGJ.shape, finished), **given), np.float64)[0]
 
 
-def _advantage(cfg: Config, reward_BGJ: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(A_intra [B, G], A_inter [B, G, J], total [B, G, J]) of these rewards."""
-  has_baseline = cfg.reward.form in reward_lib.FORMS_WITH_BASELINE
-  baseline_G = reward_lib.baseline(np.array(cfg.rollout.budgets), cfg=cfg.reward) if has_baseline else None
-  found = _compute_advantage(reward_BGJ.astype(np.float32), baseline_G, cfg=cfg.advantage)
+def _advantage(
+    cfg: Config, reward_BGJ: np.ndarray, right_BGJ: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(A_intra [B, G], A_inter [B, G, J], total [B, G, J]) of these rewards.
+
+  Args:
+    right_BGJ: which answers are right, each as long as its budget; needed where A_intra is not linear in rewards.
+  """
+  baseline, solve_rate_B, thinks_BGJ = None, None, None
+  if forms.FORMS[cfg.reward.form].has_baseline:
+    baseline = reward_lib.baseline(np.array(cfg.rollout.budgets), cfg=cfg.reward)
+    if cfg.advantage.intra_baseline == "correct_length" and right_BGJ is not None:
+      n_gen_BGJ = np.broadcast_to(np.array(cfg.rollout.budgets)[:, None], right_BGJ.shape)
+      baseline = reward_lib.expected(n_gen_BGJ, right_BGJ, cfg=cfg.reward)
+  if right_BGJ is not None:
+    solve_rate_B = np.mean(right_BGJ, axis=(1, 2), dtype=np.float32)
+  if cfg.advantage.form == "reference":
+    thinks_BGJ = np.ones(reward_BGJ.shape, bool)
+  found = _compute_advantage(
+      reward_BGJ.astype(np.float32), baseline, cfg=cfg.advantage, solve_rate_B=solve_rate_B, thinks_BGJ=thinks_BGJ)
   return np.asarray(found.intra_BG), np.asarray(found.inter_BGJ), np.asarray(found.total_BGJ)
 
 
@@ -233,6 +256,12 @@ def _best_budgets(
   return switches, tuple(b for b, alone in zip(budgets, alone_G, strict=True) if not alone)
 
 
+def _is_linear(cfg: Config) -> bool:
+  """Whether A_intra is linear in the rewards and knows nothing else."""
+  a = cfg.advantage
+  return a.intra_form == "baseline" and a.intra_baseline == "budget" and a.intra_scale == a.intra_gate == "none"
+
+
 def _intra_range(
     cfg: Config, reward_GN: np.ndarray, wrong_G: np.ndarray, unfinished_G: np.ndarray) -> list[tuple[float, float]]:
   """(least, largest) A_intra by budget.
@@ -250,8 +279,12 @@ def _intra_range(
 
 
 def _push_range(
-    cfg: Config, right_G: np.ndarray, others: Sequence[np.ndarray]) -> list[tuple[float, float]]:
-  """(least, largest) total advantage by budget, over groups with every number of right answers in each subgroup."""
+    cfg: Config, right_G: np.ndarray, others: Sequence[np.ndarray],
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+  """(least, largest) by budget, of the total advantage and of A_intra.
+
+  Over groups with every number of right answers in each subgroup.
+  """
   G, J = cfg.n_subgroups, cfg.rollouts_per_budget
   for choices in (range(J + 1), sorted({0, 1, J - 1, J}), (0, J)):
     if len(choices)**G <= _MOST_GROUPS:
@@ -261,9 +294,10 @@ def _push_range(
     n_right_SG = np.array([
         [own if g == i else rest for g in range(G)] for i in range(G) for own in range(J + 1) for rest in range(J + 1)])
   right_SGJ = np.arange(J) < n_right_SG[:, :, None]
-  totals = [_advantage(cfg, np.where(right_SGJ, right_G[:, None], other_G[:, None]))[2] for other_G in others]
-  total = np.stack(totals)
-  return [(float(total[:, :, g].min()), float(total[:, :, g].max())) for g in range(G)]
+  found = [_advantage(cfg, np.where(right_SGJ, right_G[:, None], other_G[:, None]), right_SGJ) for other_G in others]
+  intra, total = np.stack([f[0] for f in found]), np.stack([f[2] for f in found])
+  by_budget = lambda x: [(float(x[:, :, g].min()), float(x[:, :, g].max())) for g in range(G)]
+  return by_budget(total), by_budget(intra)
 
 
 def _groups(cfg: Config, right_G: np.ndarray, wrong_G: np.ndarray) -> tuple[Group, ...]:
@@ -271,7 +305,8 @@ def _groups(cfg: Config, right_G: np.ndarray, wrong_G: np.ndarray) -> tuple[Grou
   # Half of each subgroup; where J is odd, the larger and the smaller half in turn.
   half_G = np.array([(J + (g % 2 == 0)) // 2 for g in range(G)])
   right_3GJ = np.arange(J) < np.stack([np.zeros(G, int), np.full(G, J), half_G])[:, :, None]
-  intra_3G, inter_3GJ, total_3GJ = _advantage(cfg, np.where(right_3GJ, right_G[:, None], wrong_G[:, None]))
+  intra_3G, inter_3GJ, total_3GJ = _advantage(
+      cfg, np.where(right_3GJ, right_G[:, None], wrong_G[:, None]), right_3GJ)
 
   def group(name: str, what: str, row: int, right: bool) -> Group:
     j = 0 if right else J - 1  # The right ones come first.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 
 from hbpo_jax.config import Config
-from hbpo_jax.objective.reward import FORMS_WITH_BASELINE
+from hbpo_jax.objective.forms import FORMS
 from hbpo_jax.reporting import curve_findings
 from hbpo_jax.reporting.curve_findings import BudgetFindings, Group, Lengths, Shape, reward_curves
 
@@ -32,19 +32,23 @@ class Findings:
 
   intra_coef: weight of A_intra; 0 where there is none.
   lengths: where measured lengths came from; None without.
-  shape: the numbers.
+  shape: the numbers; None where there is nothing to draw.
   warnings: most severe first.
+  nothing: why there is nothing to draw, or empty.
   """
   form: str
   max_response_tokens: int
   intra_coef: float
   center_intra: bool
   lengths: str | None
-  shape: Shape
+  shape: Shape | None
   warnings: tuple[Caution, ...]
+  nothing: str = ""
 
   def brief(self) -> list[str]:
     """At most six short lines: the reward, then the warnings."""
+    if self.shape is None:
+      return [f"reward {self.form}, L_max {self.max_response_tokens:,}; {self.nothing}"]
     budgets = _few(self.shape.budgets, lambda b: f"{b.budget:,}")
     line = f"reward {self.form}, budgets {budgets}, L_max {self.max_response_tokens:,}"
     if self.shape.switches:
@@ -62,6 +66,10 @@ def check(cfg: Config, lengths: Lengths | None = None) -> Findings:
     cfg: valid settings (`hbpo_jax.validation`).
     lengths: of responses that were measured, if there are any.
   """
+  if nothing := nothing_to_draw(cfg):
+    return Findings(
+        form=cfg.reward.form, max_response_tokens=cfg.reward.max_response_tokens, intra_coef=cfg.advantage.intra_coef,
+        center_intra=cfg.advantage.center_intra, lengths=None, shape=None, warnings=(), nothing=nothing)
   shape = curve_findings.measure(cfg, lengths)
   source = lengths.source if lengths else None
   found = [
@@ -74,6 +82,17 @@ def check(cfg: Config, lengths: Lengths | None = None) -> Findings:
       warnings=tuple(w for w in found if w is not None))
 
 
+def nothing_to_draw(cfg: Config) -> str:
+  """Why a form has no reward curve, in a sentence; empty where it has one.
+
+  Of forms that change from step to step the curve is that of the first, and all responses think.
+  """
+  if not FORMS[cfg.reward.form].reads_group:
+    return ""
+  return (f"there is no reward curve to draw: with reward.form={cfg.reward.form} a response's reward depends on the "
+          "other responses of the step.")
+
+
 def brief(cfg: Config) -> list[str]:
   """At most six short lines on a configuration, for the start of a run."""
   return check(cfg).brief()
@@ -81,7 +100,7 @@ def brief(cfg: Config) -> list[str]:
 
 def _below_wrong(cfg: Config, shape: Shape, source: str | None) -> Caution | None:
   hit = [b for b in shape.budgets if b.below_wrong_from is not None and b.below_wrong_from <= b.cap]
-  if not hit:
+  if not hit or FORMS[cfg.reward.form].wrong_pays:
     return None
   others = "a wrong one" if _differ(hit[0], shape) else "a wrong or unfinished one"
   low = min(hit, key=lambda b: b.lowest)
@@ -157,7 +176,7 @@ def _only_down(cfg: Config, shape: Shape) -> Caution | None:
 
 def _centred_away(cfg: Config, shape: Shape) -> Caution | None:
   reach = max(max(abs(b.intra_low), abs(b.intra_high)) for b in shape.budgets)
-  if not (cfg.reward.form in FORMS_WITH_BASELINE and cfg.advantage.intra_coef and reach <= shape.tolerance):
+  if not (FORMS[cfg.reward.form].has_baseline and cfg.advantage.intra_coef and reach <= shape.tolerance):
     return None
   return Caution(
       "centred_away", "A_intra is always 0: it is centred over a single budget",
@@ -202,7 +221,9 @@ def _no_overrun(cfg: Config, shape: Shape) -> Caution | None:
 def _sentence_in_cap(cfg: Config) -> Caution | None:
   if not cfg.rollout.count_prefix_tokens or min(cfg.caps) >= cfg.reward.max_response_tokens:
     return None
-  words = len(cfg.prompt.budget_sentence.split())
+  words = len((cfg.prompt.openings or (cfg.prompt.budget_sentence,))[0].split())
+  if not any(cfg.prompt.opening(g, b) for g, b in enumerate(cfg.rollout.budgets)):
+    return None
   return Caution(
       "sentence_in_cap", "the budget sentence counts in the caps",
       f"The budget sentence ({words} {'word' if words == 1 else 'words'}) counts as part of the response: a response "

@@ -34,7 +34,7 @@ class StepRecord:
   rollouts: host copy.  reward_BGJ: [B, G, J].  advantage: of objective.advantage.compute.
   updates: metrics of each minibatch.  extra: further metrics of the step.  seconds: wall time by stage, and of
     the step, step_s.
-  ledger: of the rollouts, `Ledger.metrics()`.
+  ledger: of the rollouts, `Ledger.metrics()`.  objective: metrics of `objective.step.compute`.
   """
   problems: Sequence[Problem]
   responses: Sequence[str]
@@ -47,6 +47,7 @@ class StepRecord:
   extra: Mapping[str, Any]
   seconds: dict[str, float]
   ledger: Mapping[str, float]
+  objective: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class StepLog:
@@ -86,7 +87,8 @@ class StepLog:
     (step, record), self._pending = self._pending, None
     record = dataclasses.replace(
         record, reward_BGJ=np.asarray(record.reward_BGJ), advantage=jax.device_get(record.advantage),
-        updates=jax.device_get(record.updates), extra=jax.device_get(record.extra))
+        updates=jax.device_get(record.updates), extra=jax.device_get(record.extra),
+        objective=jax.device_get(record.objective))
     metrics, self._further = self._metrics(record) | self._further, {}
     self._writer.write(step, metrics)
     if self._writer.due(step):  # The report finds the same alarms in the same rows.
@@ -121,6 +123,7 @@ class StepLog:
       room = "sampler" if name.startswith("sampler_") else "update"
       metrics[f"{room}/{name}"] = total if name in _MAXIMA + _TOTALS else total / len(values)
     metrics |= {f"sampler/{name}": float(value) for name, value in record.extra.items()}
+    metrics |= {f"objective/{name}": float(value) for name, value in record.objective.items()}
     metrics |= record.ledger
     metrics |= {f"time/{name}": value for name, value in record.seconds.items()}
     metrics["tokens_per_s"] = float(record.rollouts.n_gen_BGJ.sum()) / record.seconds["step_s"]

@@ -17,6 +17,10 @@ from hbpo_jax.reporting.runs import Run, different_settings
 from hbpo_jax.reporting.tables import Table
 
 _NO_METRICS = "no run has rows in metrics.jsonl"
+# Settings without which a run's rewards are not known; all others of the objective are younger, and off by default.
+_DECIDE_REWARDS = ("rollout.budgets", "reward.form", "reward.alpha", "reward.beta", "reward.max_response_tokens",
+                   "reward.unfinished_reward", "advantage.intra_coef", "advantage.std_ddof", "advantage.std_eps",
+                   "advantage.center_intra")
 _LAST = 10  # Most rows of the training curve that stand for its end.
 
 
@@ -112,6 +116,9 @@ def rewards(runs: Sequence[Run]) -> Section | str:
     names = ", ".join(run.name for run, _ in members)
     if len(groups) > 1:
       blocks.append(Heading(names))
+    if nothing := curves.nothing_to_draw(cfg):
+      blocks.append(Words(f"{names}: {nothing}"))
+      continue
     n_gen_N, reward_GN = curves.reward_curves(cfg)
     blocks.append(picture(
         f"rewards_{members[0][0].name}", plots.reward_curves_figure(n_gen_N, reward_GN, cfg.rollout.budgets),
@@ -197,8 +204,7 @@ def made(runs: Sequence[Run]) -> Section | str:
 def config_of(run: Run) -> config.Config | None:
   """A run's settings, those that are newer than the run at their default; None where it lacks what decides rewards."""
   table, known = config.field_table(), run.settings
-  needed = [name for name in table if name.startswith(("reward.", "advantage.")) or name == "rollout.budgets"]
-  if not all(name in known for name in needed):
+  if not all(name in known for name in _DECIDE_REWARDS):
     return None
   cd = config.to_config_dict(config.Config())
   for name in table:

@@ -183,3 +183,36 @@ def test_saved_tokenizer_gives_the_same_prompt(make_bpe, tmp_path, template):
   tokenizer.save_pretrained(tmp_path)
   again = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert PromptBuilder(again, Config()).encode("1 + 1") == PromptBuilder(tokenizer, Config()).encode("1 + 1")
+
+
+def test_no_budget_sentence_forces_nothing(make_bpe, change):
+  builder = PromptBuilder(make_bpe(), change(Config(), prompt={"budget_sentence": ""}))
+  prefix_GF, n_prefix_G = builder.training_prefix((4096,))
+  assert prefix_GF.shape == (1, 0) and n_prefix_G.tolist() == [0]
+
+
+def test_openings_take_the_place_of_the_budget_sentence_in_training_only(make_bpe, change):
+  tokenizer = make_bpe()
+  cfg = change(Config(), prompt={"openings": ("natural", "</think>", "at most {budget}")})
+  builder = PromptBuilder(tokenizer, cfg)
+  prefix_GF, n_prefix_G = builder.training_prefix((8, 16, 32))
+  texts = [tokenizer.decode(row[:n]) for row, n in zip(prefix_GF, n_prefix_G, strict=True)]
+  assert texts == ["", "</think>", "at most 32"]
+  assert tokenizer.decode(builder.budget_tokens(16)) == "I will answer the question within 16 tokens."
+  plain = PromptBuilder(tokenizer, Config())
+  for ours, theirs in zip(plain.training_prefix((8, 16)), plain.prefix((8, 16)), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_which_responses_think(make_bpe, change):
+  cfg = change(Config(), prompt={"openings": ("natural", "</think>", "...")})
+  builder = PromptBuilder(make_bpe(), cfg)
+  # By hand, two responses to each opening: thinks, does not.
+  responses = ["So 1 + 1. </think> 2", "\n\n</think> 2",
+               "</think> 2", "</think> It is 2. <think> Sure? </think>",
+               "...\nSo 1 + 1. </think> 2", "...\n</think> 2"]
+  thinks = builder.which_think(responses, (1, 3, 2), (8, 16, 32))
+  assert thinks.tolist() == [[[True, False], [False, False], [True, False]]]
+  # A thought that is never closed is one.
+  never_closed = ["So 1", "", "</think>", "</think> 2", "... 1", "..."]
+  assert builder.which_think(never_closed, (1, 3, 2), (8, 16, 32)).tolist() == thinks.tolist()

@@ -3,13 +3,15 @@
 import json
 import logging
 import threading
+from typing import Any
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hbpo_jax.config import CheckpointConfig
+from hbpo_jax.config import CheckpointConfig, RewardConfig
 from hbpo_jax.learning.checkpoint import Checkpointer, fingerprint
 from hbpo_jax.models.architecture import Architecture
 from tests.learning import tiny
@@ -247,3 +249,42 @@ def mix(h):
   h = ((h ^ h >> 16) * 0x85EBCA6B) % 2**32
   h = ((h ^ h >> 13) * 0xC2B2AE35) % 2**32
   return h ^ h >> 16
+
+
+ADLP = RewardConfig(form="adlp", penalty_start=0.125)
+
+
+def test_what_a_reward_remembers_is_saved_and_comes_back(tmp_path):
+  learner = tiny.make_learner(8, reward=ADLP)
+  state = make_state(learner, 3)
+  assert float(state.memory["penalty"]) == 0.125 and state.memory["penalty"].dtype == jnp.float32
+  state = state.replace(memory=learner.place_memory({"penalty": np.float32(0.3)}))
+  with Checkpointer(tmp_path, CFG) as checkpoints:
+    checkpoints.save(3, state, META)
+    checkpoints.wait()
+    restored, _ = checkpoints.restore_latest(learner.abstract_state())
+  tiny.assert_trees_equal(restored, state)
+  assert restored.memory["penalty"].sharding == learner.state_shardings.memory["penalty"]
+
+
+def test_a_checkpoint_without_memory_is_refused_where_the_reward_needs_one(tmp_path, learner):
+  save(tmp_path, learner, 1)
+  with pytest.raises(ValueError, match=r"\.memory\['penalty'\] is absent there, float32\[\] here"):
+    restore(tmp_path, tiny.make_learner(reward=ADLP))
+
+
+def test_a_checkpoint_from_before_there_was_a_memory(tmp_path, learner):
+  new = make_state(learner, 2)
+  old = StateBeforeMemory(new.step, new.update, new.params, new.opt_state)
+  with Checkpointer(tmp_path, CFG) as checkpoints:
+    checkpoints.save(2, old, META)
+  state, _ = restore(tmp_path, learner)
+  tiny.assert_trees_equal(state, new)
+
+
+@struct.dataclass
+class StateBeforeMemory:
+  step: Any
+  update: Any
+  params: Any
+  opt_state: Any

@@ -1,5 +1,7 @@
 """Advantages: the loops of the oracle, zero sums, equivariance, equal rewards, refusals."""
 
+import dataclasses
+
 import hypothesis
 from hypothesis import strategies as st
 import jax
@@ -89,3 +91,105 @@ def test_a_coefficient_without_baseline_is_refused():
 def test_an_unknown_ddof_is_refused():
   with pytest.raises(ValueError, match="advantage.std_ddof=2"):
     advantage.compute(random_rewards(1), BASELINE, cfg=AdvantageConfig(std_ddof=2))
+
+
+# Other forms of A_inter, by hand.
+
+def query(*rewards):
+  """One query in one subgroup."""
+  return np.array(rewards, np.float32)[None, None]
+
+
+def settings(**changes):
+  return AdvantageConfig(**({"intra_coef": 0.0} | changes))
+
+
+def close(actual, expected):
+  np.testing.assert_allclose(np.ravel(actual), expected, rtol=0, atol=1e-5)
+
+
+def test_leave_one_out():
+  # 1, 0, 0: 1 - 0; 0 - (1 + 0) / 2.
+  close(compute(query(1, 0, 0), None, cfg=settings(form="leave_one_out")).total_BGJ, [1, -0.5, -0.5])
+
+
+def test_reference():
+  # The thinking ones earn 1 and 0, so .5 is expected of all: 1.05 - .5, .05 - .5, 1 - .5, 0 - .5.
+  thinks = np.array([[[False, False, True, True]]])
+  got = compute(query(1.05, 0.05, 1, 0), None, cfg=settings(form="reference"), thinks_BGJ=thinks)
+  close(got.total_BGJ, [0.55, -0.45, 0.5, -0.5])
+  # None thinks: the mean of all, .55.
+  got = compute(query(1.05, 0.05), None, cfg=settings(form="reference"), thinks_BGJ=np.zeros((1, 1, 2), bool))
+  close(got.total_BGJ, [0.5, -0.5])
+  with pytest.raises(ValueError, match="pass thinks_BGJ"):
+    compute(query(1, 0), None, cfg=settings(form="reference"))
+  with pytest.raises(ValueError, match="advantage.form='median'"):
+    compute(query(1, 0), None, cfg=settings(form="median"))
+
+
+# What may be done to A_intra: R_1 = 1, 3 and R_2 = 0, 0 under baselines 4 and 2, so that A_intra = -2, -2; and a second
+# query that earns R_1 = 4, 4 and R_2 = 2, 0: 0, -1. Standard deviations with divisor 4: sqrt(1.5), sqrt(2.75).
+
+TWO = np.array([[[1, 3], [0, 0]], [[4, 4], [2, 0]]], np.float32)
+BOUNDS = np.array([4, 2], np.float32)
+
+
+def intra(rate=(0.5, 0.0), rewards=TWO, **changes):
+  cfg = AdvantageConfig(**({"std_ddof": 0, "std_eps": 1e-12} | changes))
+  return compute(rewards, BOUNDS, cfg=cfg, solve_rate_B=np.array(rate, np.float32)).intra_BG
+
+
+def test_intra_as_it_is():
+  close(intra(), [-2, -2, 0, -1])
+
+
+def test_intra_scaled():
+  close(intra(intra_scale="std"), [-2 / 1.5**0.5, -2 / 1.5**0.5, 0, -1 / 2.75**0.5])
+  # A query that earns the same throughout has no scale: exactly 0 instead of -4 / 1e-12.
+  assert not np.any(intra(intra_scale="std", rewards=np.zeros((2, 2, 2), np.float32)))
+
+
+def test_intra_clipped():
+  close(intra(intra_clip=1.5), [-1.5, -1.5, 0, -1])
+  close(intra(intra_clip=1.5, rewards=10 + TWO), [1.5] * 4)
+
+
+def test_intra_gated():
+  close(intra(intra_gate="solved"), [-2, -2, 0, 0])
+  close(intra(intra_gate="rate"), [-1, -1, 0, 0])
+  close(intra(rate=(0.5, 1.0), intra_gate="rate"), [-1, -1, 0, -1])
+  with pytest.raises(ValueError, match="pass solve_rate_B"):
+    compute(TWO, BOUNDS, cfg=AdvantageConfig(intra_gate="rate"))
+
+
+def test_intra_options_compose_with_centring_and_each_other_in_order():
+  # Centred: 0, 0 and .5, -.5; over sqrt(2.75) = 1.658312: .301511; clipped at .2; times the rates .5 and 1.
+  got = intra(rate=(0.5, 1.0), center_intra=True, intra_scale="std", intra_clip=0.2, intra_gate="rate")
+  close(got, [0, 0, 0.2, -0.2])
+  close(intra(rate=(0.5, 0.5), center_intra=True, intra_scale="std", intra_gate="rate"), [0, 0, 0.150756, -0.150756])
+
+
+def test_intra_baseline_by_query():
+  # Expected 2 of the first query, 0 of the second: means 2, 0 and 4, 1 minus that.
+  got = compute(TWO, np.array([[2.0], [0.0]]), cfg=AdvantageConfig())
+  close(got.intra_BG, [0, -2, 4, 1])
+
+
+def test_within_a_subgroup():
+  # 1, 3: -1, 1 with divisor 2. Equal rewards: 0. The mean of a subgroup is 0.
+  cfg = AdvantageConfig(intra_form="within", std_ddof=0, std_eps=1e-12)
+  got = compute(TWO, None, cfg=cfg)
+  close(got.total_BGJ - got.inter_BGJ, [-1, 1, 0, 0, 0, 0, 1, -1])
+  assert got.intra_BG.shape == (2, 2) and not np.any(np.abs(got.intra_BG) > 1e-6)
+  doubled = compute(TWO, None, cfg=AdvantageConfig(intra_form="within", std_ddof=0, std_eps=1e-12, intra_coef=2.0))
+  close(doubled.total_BGJ - doubled.inter_BGJ, [-2, 2, 0, 0, 0, 0, 2, -2])
+  gated = compute(TWO, None, cfg=dataclasses.replace(cfg, intra_gate="rate"), solve_rate_B=np.array([0.5, 0.0]))
+  close(gated.total_BGJ - gated.inter_BGJ, [-0.5, 0.5, 0, 0, 0, 0, 0, 0])
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(st.floats(-5, 5, width=32), st.sampled_from(["leave_one_out", "reference"]))
+def test_equal_rewards_give_exactly_zero_in_every_form(value, form):
+  cfg = settings(form=form, intra_form="within", intra_coef=1.0, std_eps=0.0)
+  got = compute(np.full((1, 3, 5), value, np.float32), None, cfg=cfg, thinks_BGJ=np.eye(3, 5, dtype=bool)[None])
+  assert not np.any(got.total_BGJ)

@@ -260,3 +260,57 @@ def test_every_config_has_a_brief_of_few_short_lines(name, profile):
 def test_a_brief_counts_what_it_leaves_out():
   lines = curves.brief(CAPPED)
   assert lines == curves.check(CAPPED).brief() and len(lines) == 6 and lines[-1] == "and 2 more"
+
+
+# Other methods.
+
+PLAIN = changed(PAPER, advantage={"intra_coef": 0.0}, rollout={"budgets": (2048,)})
+
+
+@pytest.mark.parametrize("form", ["efficient", "alp", "grpo_lambda", "hmpo", "autothink"])
+def test_a_form_that_compares_responses_has_no_curve_and_says_so(form):
+  findings = curves.check(changed(PLAIN, reward={"form": form}))
+  assert findings.shape is None and findings.warnings == () and form in findings.nothing
+  [line] = findings.brief()
+  assert line.startswith(f"reward {form}, L_max 4,096; there is no reward curve to draw")
+
+
+@pytest.mark.parametrize("form, at, value", [
+    ("l1_exact", 1048, 1 - 3e-4 * 1000), ("l1_max", 1048, 0.5 + 3e-4 * 1000), ("adlp", 100, 0.9),
+    ("thinkprune", 3000, 1.0), ("thinkprune", 3001, 0.0), ("adaptthink", 4096, 1.0)])
+def test_the_curves_of_other_forms(form, at, value):
+  """Of the first step, where they change from step to step, and with all responses thinking."""
+  limits = {"limits": (3000, 1000), "limit_steps": (5,)} if form == "thinkprune" else {}
+  cfg = changed(PLAIN, reward={"form": form} | limits)
+  n_gen_N, reward_GN = curves.reward_curves(cfg)
+  assert reward_GN[0, at - 1] == pytest.approx(value, abs=1e-5) and n_gen_N[at - 1] == at
+  findings = curves.check(cfg)
+  assert findings.nothing == "" and np.isfinite(findings.shape.budgets[0].push_up)
+  assert "below_wrong" not in kinds(cfg), "a wrong answer of the same length never earns more"
+
+
+@pytest.mark.parametrize("fields, all_wrong, half_right", [
+    # f2 of 512 and 2048 is 3.9231 and 2.8284. Half right: means of 1.9616 and 1.4142, with as much below f2.
+    ({}, (-3.9231, -2.8284), (-1.9616, -1.4142)),
+    ({"intra_clip": 1.5}, (-1.5, -1.5), (-1.5, -1.4142)),
+    ({"intra_gate": "solved"}, (0, 0), (-1.9616, -1.4142)),
+    ({"intra_gate": "rate"}, (0, 0), (-0.9808, -0.7071)),
+    # f2 of the mean length 1280 of the right ones is 3.5277; nothing is expected where none is right.
+    ({"intra_baseline": "correct_length"}, (0, 0), (-1.5661, -2.1135)),
+    # The standard deviation of 3.9231, 3.9231, 2.8284, 2.8284 and four times 0 is 1.8513 (divisor 7).
+    ({"intra_scale": "std"}, (0, 0), (-1.0596, -0.7639)),
+])
+def test_groups_show_what_is_done_to_intra(fields, all_wrong, half_right):
+  cfg = changed(PAPER, rollout={"budgets": (512, 2048), "rollouts_per_query": 8}, advantage=fields)
+  shape = curves.check(cfg).shape
+  assert shape.groups[0].intra == pytest.approx(all_wrong, abs=2e-4)
+  assert shape.groups[2].intra == pytest.approx(half_right, abs=2e-4)
+  for g, b in enumerate(shape.budgets):
+    lowest = min(all_wrong[g], half_right[g])
+    assert b.intra_low <= lowest + 1e-4 and b.intra_high >= half_right[g] - 1e-4
+
+
+def test_no_warning_of_a_sentence_where_there_is_none():
+  cfg = changed(HBPO, rollout={"budgets": (512,), "caps": (512,)})
+  assert "sentence_in_cap" in kinds(cfg) and "sentence_in_cap" not in kinds(
+      changed(cfg, prompt={"budget_sentence": ""}))

@@ -273,3 +273,22 @@ def test_runs_whose_names_make_one_file_name_get_two(report):
   assert [p.name for p in page._with_distinct_pictures(twice).pictures] == [
       "training_x_y", "training_x_y_2", "training_x_y_3"]
   assert all(re.fullmatch(r"[A-Za-z0-9_-]+", p.name) for p in report.pictures)
+
+
+def test_a_run_of_a_method_without_a_reward_curve_says_so(tmp_path):
+  runs_fixture.make_training_run(
+      tmp_path / "run", changes={"reward.form": "hmpo", "advantage.intra_coef": 0.0})
+  found = page.make(runs.read_all([str(tmp_path / "run")]), "A title")
+  [section] = [s for s in found.sections if s.key == "rewards"]
+  assert "there is no reward curve to draw" in str(section.blocks)
+
+
+def test_a_run_from_before_the_younger_settings_still_has_its_reward_curves(tmp_path):
+  runs_fixture.make_training_run(tmp_path / "run")
+  info = json.loads((tmp_path / "run" / "run.json").read_text())
+  for name in ("reward.floor", "reward.limits", "advantage.form", "advantage.intra_gate", "prompt.openings"):
+    section, field = name.split(".")
+    del info["config"][section][field]
+  (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+  found = page.make(runs.read_all([str(tmp_path / "run")]), "A title")
+  assert "rewards" in [s.key for s in found.sections]
