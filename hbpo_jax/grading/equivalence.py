@@ -13,6 +13,7 @@ from hbpo_jax.grading.structure import Node
 
 # A longer answer is compared as text only. No true answer of the usual sets is half as long.
 MAX_ANSWER = 512
+MAX_TRUTH = 4096
 
 _CODE = re.compile("|".join([
     r"__|`|==|\$\{|#|;\s*\w+\s+\w+",
@@ -41,12 +42,12 @@ def quick(answer: str, truth: str) -> bool | None:
   """The verdict where exact text or exact numbers decide it, else None. Cheap: for the parent process.
 
   Args:
-    answer: the answer of a response, at most `MAX_ANSWER` characters are compared as more than text.
-    truth: the true answer.
+    answer: the answer of a response; one of more than `MAX_ANSWER` characters is compared as text only.
+    truth: the true answer, likewise of `MAX_TRUTH`.
   """
   if answer.strip() == truth.strip():
     return True
-  if len(answer) > MAX_ANSWER or not truth.strip():
+  if len(answer) > MAX_ANSWER or len(truth) > MAX_TRUTH or not truth.strip():
     return False
   given, true = notation.clean(answer), notation.clean(truth)
   if notation.tight(given) == notation.tight(true):
