@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -12,7 +11,7 @@ from hbpo_jax import config, run_info
 from hbpo_jax.evaluation import results as results_lib
 from hbpo_jax.evaluation import store
 from hbpo_jax.evaluation.store import Evaluated
-from hbpo_jax.files import read_rows
+from hbpo_jax.files import parse_json, read_rows
 
 _STEP = re.compile(r"step_(\d+)")
 _TRAINED_STEP = 10**9  # After every step.
@@ -182,7 +181,7 @@ def _read_info(path: pathlib.Path) -> dict[str, Any] | None:
   if not path.is_file():
     return None
   try:
-    info = json.loads(path.read_text(encoding="utf-8"))
+    info = parse_json(path.read_bytes())
   except ValueError as error:
     raise ValueError(f"{path} is not JSON ({error}); restore it, or start the run again to have it written.") from error
   if not isinstance(info, dict) or not isinstance(info.get("config"), dict):
