@@ -20,6 +20,7 @@ from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
 
 from hbpo_jax import config, gin_front
+from hbpo_jax.reporting.text import plain
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 # Settings of `evaluate` that may be written without their section, as its users do in every call.
@@ -64,7 +65,8 @@ def run(main: Callable[[config.Config, str], Any], *, name: str, description: st
       raise
     if wants_traceback(arguments):
       traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
+    text = plain(str(error)).replace("\n", " ")  # It may quote a file of somebody else's.
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
 

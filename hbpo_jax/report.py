@@ -15,6 +15,7 @@ from typing import NoReturn
 from hbpo_jax import flags
 from hbpo_jax.files import atomic_write_bytes, atomic_write_text
 from hbpo_jax.reporting import page, runs, sample_view
+from hbpo_jax.reporting.text import plain
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
       raise
     if flags.wants_traceback(arguments):
       traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
+    text = plain(str(error)).replace("\n", " ")  # It may quote a file of somebody else's.
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
 

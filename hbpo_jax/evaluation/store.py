@@ -250,7 +250,7 @@ def _read_manifest(root: pathlib.Path) -> dict[str, Any]:
 def _fault(manifest: Mapping[str, Any]) -> str:
   """What is wrong with the entries of a manifest, or ''. A directory may come from anywhere."""
   for name, kind in (("model", dict), ("modes", list), ("benchmarks", dict), ("settings", dict)):
-    if not isinstance(manifest[name], kind) or not manifest[name] and name in ("modes", "benchmarks"):
+    if not isinstance(manifest[name], kind) or (not manifest[name] and name in ("modes", "benchmarks")):
       return f"{name} is not a {kind.__name__} with entries"
   if bad := [mode for mode in manifest["modes"] if not _is_mode(mode)]:
     return f"modes has {bad[0]!r}"
@@ -269,7 +269,7 @@ def _fault(manifest: Mapping[str, Any]) -> str:
 
 def _is_mode(mode: Any) -> bool:
   """Whether a value can be the name of a mode; a budget is one, in at most nine digits."""
-  return isinstance(mode, str) and 0 < len(mode) < 64 and (not mode.isdecimal() or mode.isascii() and len(mode) < 10)
+  return isinstance(mode, str) and 0 < len(mode) < 64 and (not mode.isdecimal() or (mode.isascii() and len(mode) < 10))
 
 
 def _join_problems(root: pathlib.Path, benchmark: Benchmark) -> list[Problem]:
@@ -317,8 +317,8 @@ def _read_responses(path: pathlib.Path) -> tuple[dict[Key, dict[str, Any]], int]
             "response is generated again.")
     if not _is_mode(row["mode"]) or not isinstance(row.setdefault("level", None), _LEVEL):
       raise ValueError(
-          f"{path}:{number}: mode={row['mode']!r} or level={row['level']!r} cannot be; remove the line, and its response "
-          "is generated again.")
+          f"{path}:{number}: mode={row['mode']!r} or level={row['level']!r} cannot be; remove the line, and its "
+          "response is generated again.")
     rows[_key(row)] = row
   return rows, cut
 

@@ -44,7 +44,8 @@ def quick(answer: str, truth: str) -> bool | None:
   """The verdict where exact text or exact numbers decide it, else None. Cheap: for the parent process.
 
   Args:
-    answer: the answer of a response; one of more than `MAX_ANSWER` characters or `MAX_DEPTH` levels is compared as text only.
+    answer: the answer of a response; one of more than `MAX_ANSWER` characters or `MAX_DEPTH` levels is compared as
+      text only.
     truth: the true answer, likewise of `MAX_TRUTH`.
   """
   if answer.strip() == truth.strip():

@@ -75,8 +75,8 @@ class Grader:
   Items are handed in by `submit` as they come, and fetched by `collect`; or all at once by `grade_batch`. Workers start
   when items need them: exact texts and exact numbers are decided at once, in the caller. A verdict depends on the item
   only: the limit that decides one is CPU time, kept by the kernel. The parent trusts no worker to keep it: one that has
-  used twice its CPU time or more than its memory is killed with all that it started, and the item is a timeout. The wall
-  clock only ends workers that sleep, and their items are tried again.
+  used twice its CPU time or more than its memory is killed with all that it started, and the item is a timeout. The
+  wall clock only ends workers that sleep, and their items are tried again.
   """
 
   identity = "math"
@@ -356,7 +356,7 @@ class _Workers:
     self.stopped = False
 
   def acquire(self, fresh: bool = False) -> _Process:
-    """An idle process, or a new one that has said it is ready; always a new one, in place of an idle one, if `fresh`."""
+    """An idle process, or a new one that has said it is ready; if `fresh`, a new one in place of an idle one."""
     with self._lock:
       if self.stopped:
         raise RuntimeError("the grader is closed; open a new one.")

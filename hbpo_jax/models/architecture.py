@@ -66,7 +66,8 @@ class Architecture:
         raise ValueError(f"architecture.{name}={value:.6g} is above {most}; correct the model's config.json.")
     for name in ("rope_theta", "rms_eps"):
       if not 0.0 < getattr(self, name) < math.inf:
-        raise ValueError(f"architecture.{name}={getattr(self, name)!r} is not above 0; correct the model's config.json.")
+        raise ValueError(
+            f"architecture.{name}={getattr(self, name)!r} is not above 0; correct the model's config.json.")
     if self.n_heads % self.n_kv_heads:
       raise ValueError(
           f"architecture.n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}; "

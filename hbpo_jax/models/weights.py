@@ -112,7 +112,7 @@ def _inspect(directory: pathlib.Path) -> dict[str, Tensor]:
       raise ValueError(f"{index} has no weight_map; download or export the checkpoint again.")
     for name, file in weight_map.items():
       # A path could lead anywhere.
-      if not isinstance(file, str) or not file.endswith(".safetensors") or pathlib.PurePath(file).name != file or "\\" in file:
+      if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
         raise ValueError(
             f"{index}: tensor {name!r} is said to be in {file!r}, which is not the name of a safetensors file beside "
             "it; download or export the checkpoint again.")

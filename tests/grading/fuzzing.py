@@ -32,7 +32,8 @@ def items(seed: int, n: int) -> Iterator[Item]:
 
 def _boxed(draw: random.Random, answer: str) -> str:
   """A response with the answer in its last box."""
-  before = draw.choice(["", "so ", r"\boxed{1} no, ", "<think>x \\boxed{2}</think>", r"{\boxed{ {", "\x1b[31m", "\u202e"])
+  before = draw.choice(["", "so ", r"\boxed{1} no, ", "<think>x \\boxed{2}</think>", r"{\boxed{ {", "\x1b[31m",
+      "\u202e"])
   return before + rf"\boxed{{{answer}}}" + draw.choice(["", ".", " $", r" \boxed{", "</s>", "\x00"])
 
 
@@ -41,11 +42,14 @@ def _boxed(draw: random.Random, answer: str) -> str:
 def _spelling(draw: random.Random, x: Fraction) -> str:
   sign = "-" if x < 0 else ""
   p, q, k = abs(x.numerator), x.denominator, draw.randint(2, 9)
-  forms = [rf"{sign}\frac{{{p * k}}}{{{q * k}}}", rf"\frac{{{sign}{p}}}{{{q}}}", f"{sign}{p}/{q}", rf"{sign}\dfrac{{{p}}}{{{q}}}",
-           rf"-\left(-\frac{{{sign}{p}}}{{{q}}}\right)", rf"{sign}\frac{{{p}}}{{{q}}} + 0", rf"{sign}\frac{{{p}}}{{2}} \cdot \frac{{2}}{{{q}}}",
+  forms = [rf"{sign}\frac{{{p * k}}}{{{q * k}}}", rf"\frac{{{sign}{p}}}{{{q}}}", f"{sign}{p}/{q}",
+      rf"{sign}\dfrac{{{p}}}{{{q}}}",
+           rf"-\left(-\frac{{{sign}{p}}}{{{q}}}\right)", rf"{sign}\frac{{{p}}}{{{q}}} + 0",
+           rf"{sign}\frac{{{p}}}{{2}} \cdot \frac{{2}}{{{q}}}",
            rf"\frac{{{x.numerator * k + q * k * k}}}{{{q * k}}} - {k}"]
   if q == 1:
-    forms += [f"{sign}{p}", f"{sign}{p:,}", f"{sign}{p}.0", rf"{sign}{p}.\,", f"${sign}{p}$", f"{sign}0{p}".replace("0", "", 1)]
+    forms += [f"{sign}{p}", f"{sign}{p:,}", f"{sign}{p}.0", rf"{sign}{p}.\,", f"${sign}{p}$", f"{sign}0{p}".replace("0",
+        "", 1)]
   if q in (1, 2, 4, 5, 8, 10, 16, 20, 25, 40, 50, 100):
     forms.append(_decimal(x))
   return draw.choice(forms)
@@ -95,9 +99,10 @@ def _surds(draw: random.Random) -> tuple[str, str, bool | None]:
   c, d = draw.choice([(a, b), (a, b), (a, -b), (-a, b), (a + 1, b), (a, b + 1), (b, a or 1)])
   plain = f"{a} + {b}\\sqrt{{{n}}}".replace("+ -", "- ")
   other = draw.choice([
-      f"{d}\\sqrt{{{n}}} + {c}", f"\\frac{{{c * m} + {d}\\sqrt{{{n * m * m}}}}}{{{m}}}", f"{c} + {d} \\cdot {n}^{{1/2}}",
-      f"{c} - {-d}\\sqrt{{{n}}}", f"{c} + \\frac{{{d * n}}}{{\\sqrt{{{n}}}}}"]).replace("+ -", "- ").replace("- -", "+ ")
-  return other, plain, (a, b) == (c, d)
+      f"{d}\\sqrt{{{n}}} + {c}", f"\\frac{{{c * m} + {d}\\sqrt{{{n * m * m}}}}}{{{m}}}",
+      f"{c} + {d} \\cdot {n}^{{1/2}}",
+      f"{c} - {-d}\\sqrt{{{n}}}", f"{c} + \\frac{{{d * n}}}{{\\sqrt{{{n}}}}}"])
+  return other.replace("+ -", "- ").replace("- -", "+ "), plain, (a, b) == (c, d)
 
 
 # Polynomials by coefficients: factored against expanded.
@@ -122,7 +127,8 @@ def _collections(draw: random.Random) -> tuple[str, str, bool | None]:
   values = draw.sample(range(-50, 50), draw.randint(2, 5))
   kind = draw.choice(["set", "list", "tuple"])
   left, right = {"set": (r"\{", r"\}"), "list": ("", ""), "tuple": ("(", ")")}[kind]
-  join = lambda v: left + ", ".join(_spelling(draw, Fraction(t)) if draw.random() < 0.3 and kind != "list" else str(t) for t in v) + right
+  join = lambda v: left + ", ".join(_spelling(draw,
+      Fraction(t)) if draw.random() < 0.3 and kind != "list" else str(t) for t in v) + right
   given = list(values)
   what = draw.choice(["same", "permuted", "changed", "longer", "shorter"])
   if what == "permuted":
@@ -143,14 +149,15 @@ def _collections(draw: random.Random) -> tuple[str, str, bool | None]:
 
 def _intervals(draw: random.Random) -> tuple[str, str, bool | None]:
   a, b = sorted(draw.sample(range(-40, 40), 2))
-  l, r = draw.choice("(["), draw.choice(")]")
+  left, right = draw.choice("(["), draw.choice(")]")
   what = draw.choice(["same", "left", "right", "bound"])
-  l2 = {"(": "[", "[": "("}[l] if what == "left" else l
-  r2 = {")": "]", "]": ")"}[r] if what == "right" else r
+  left2 = {"(": "[", "[": "("}[left] if what == "left" else left
+  right2 = {")": "]", "]": ")"}[right] if what == "right" else right
   b2 = b + 1 if what == "bound" else b
-  first, second = "<" if l2 == "(" else r"\le", "<" if r2 == ")" else r"\leq"
-  given = draw.choice([rf"\left{l2}{a}, {b2}\right{r2}", f"{l2}{a},{b2}{r2}", f"{a} {first} x {second} {b2}"])
-  return given, rf"x \in {l}{a},{b}{r}" if draw.random() < 0.3 else f"{l}{a},{b}{r}", what == "same"
+  first, second = "<" if left2 == "(" else r"\le", "<" if right2 == ")" else r"\leq"
+  given = draw.choice([
+      rf"\left{left2}{a}, {b2}\right{right2}", f"{left2}{a},{b2}{right2}", f"{a} {first} x {second} {b2}"])
+  return given, rf"x \in {left}{a},{b}{right}" if draw.random() < 0.3 else f"{left}{a},{b}{right}", what == "same"
 
 
 def _matrices(draw: random.Random) -> tuple[str, str, bool | None]:
@@ -176,21 +183,27 @@ def _quantities(draw: random.Random) -> tuple[str, str, bool | None]:
 def _near(draw: random.Random) -> tuple[str, str, bool | None]:
   truth = draw.choice(["17", "-23", r"\frac{3}{7}", r"5\sqrt{2}", "x^2+1", r"\pi", "0.4375", r"\sin x"])
   form = draw.choice([
-      "{}+1", "1+{}", "-({})", "2({})", r"\frac{{{}}}{{2}}", "({})^2+3", "{},9", "9,{}", r"\{{{},9\}}", "{}=99", r"{}\text{{ or }}99", "{}!+1",
-      "({})^{{-1}}", r"\sqrt{{{}}}+2", "{}>0", r"{}\pm 1", "not {}", "{} or more", r"\neg {}", "{}/3", "{}i", r"{}\cdot 10^3", "e^{{{}}}", r"\log({})",
-      "[{},{}+1]", "({},0)", "x={}+1", "{}\u200b+1", "{}\u202e+1", "\u202e{}+4", "{} <b>+1</b>", "{}; import os", "{}\x00+1"])
+      "{}+1", "1+{}", "-({})", "2({})", r"\frac{{{}}}{{2}}", "({})^2+3", "{},9", "9,{}", r"\{{{},9\}}", "{}=99",
+      r"{}\text{{ or }}99", "{}!+1",
+      "({})^{{-1}}", r"\sqrt{{{}}}+2", "{}>0", r"{}\pm 1", "not {}", "{} or more", r"\neg {}", "{}/3", "{}i",
+      r"{}\cdot 10^3", "e^{{{}}}", r"\log({})",
+      "[{},{}+1]", "({},0)", "x={}+1", "{}\u200b+1", "{}\u202e+1", "\u202e{}+4", "{} <b>+1</b>", "{}; import os",
+      "{}\x00+1"])
   return form.format(truth, truth), truth, False
 
 
 # Noise: pieces of the corpus cut, joined, nested; against truths that none of them makes.
 
 def _noise(draw: random.Random) -> tuple[str, str, bool | None]:
-  parts = [piece if len(piece) < 40 else piece[:draw.randint(1, 40)] for piece in draw.choices(corpus.ALL, k=draw.randint(1, 4))]
+  parts = [piece if len(piece) < 40 else piece[:draw.randint(1, 40)] for piece in draw.choices(corpus.ALL,
+      k=draw.randint(1, 4))]
   glue = draw.choice(["", " ", ",", "+", "^", "_", r"\\", "{", "}", "=", r"\frac", "\n", "\u200b"])
   answer = glue.join(parts)
   if draw.random() < 0.3:
-    answer = "".join(chr(draw.choice([draw.randrange(32, 127), draw.randrange(0xd800), draw.randrange(0xd800, 0x11000)])) for _ in range(30)) + answer
-  return answer, draw.choice([r"\frac{7919}{104729}", "86028121", r"8191\sqrt{127}", r"x^7-131x+524287", "(613, 1021)"]), False
+    answer = "".join(chr(draw.choice([draw.randrange(32, 127), draw.randrange(0xd800),
+        draw.randrange(0xd800, 0x11000)])) for _ in range(30)) + answer
+  return answer, draw.choice([r"\frac{7919}{104729}", "86028121", r"8191\sqrt{127}", r"x^7-131x+524287",
+      "(613, 1021)"]), False
 
 
 def _attack(draw: random.Random) -> tuple[str, str, bool | None]:
@@ -198,5 +211,6 @@ def _attack(draw: random.Random) -> tuple[str, str, bool | None]:
 
 
 _FAMILIES: dict[Callable[[random.Random], tuple[str, str, bool | None]], float] = {
-    _equal_rationals: 14, _other_rationals: 18, _great_integers: 5, _surds: 8, _polynomials: 8, _collections: 10, _intervals: 7,
+    _equal_rationals: 14, _other_rationals: 18, _great_integers: 5, _surds: 8, _polynomials: 8, _collections: 10,
+    _intervals: 7,
     _matrices: 6, _quantities: 6, _near: 10, _noise: 12, _attack: 0.6}

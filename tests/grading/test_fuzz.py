@@ -1,4 +1,4 @@
-"""Many hostile answers: none crashes, hangs, leaves a file or a process, evaluates text, or is called correct wrongly."""
+"""Many hostile answers: none crashes, hangs, leaves a file or process, is evaluated, or called correct wrongly."""
 
 import json
 import os
@@ -7,8 +7,7 @@ import re
 import subprocess
 import sys
 
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
@@ -94,7 +93,8 @@ def test_every_attack_on_every_truth(empty, caplog):
 
 # math-verify makes SymPy read numbers and symbols one by one, which evaluates them as Python: nothing but these.
 _EVALUATED = re.compile(
-    r"from sympy import \*|def monomial_\w+\(A.*|(?:Integer|Symbol|Float|Rational) ?\([ '\w.,+-]*\)|[A-Za-z]\w*", re.DOTALL)
+    r"from sympy import \*|def monomial_\w+\(A.*|(?:Integer|Symbol|Float|Rational) ?\([ '\w.,+-]*\)|[A-Za-z]\w*",
+    re.DOTALL)
 _WATCH = """
 import json, signal, sys
 from hbpo_jax.grading import equivalence, extraction, worker
@@ -135,7 +135,8 @@ def test_no_answer_is_evaluated_as_code(repo_root, empty):
 # The parent reads every response itself, so these must take any text.
 
 _PIECES = st.one_of(st.sampled_from([piece[:60] for piece in corpus.ALL]), st.sampled_from(
-    [r"\boxed{", "{", "}", r"\{", "\\", "</think>", "<think>", r"\frac", r"\text{", "1", ",", " ", "x", "^", "_", "$", "."]),
+    [r"\boxed{", "{", "}", r"\{", "\\", "</think>", "<think>", r"\frac", r"\text{", "1", ",", " ", "x", "^", "_", "$",
+     "."]),
                     st.characters(), st.characters(categories=["Cs", "Cc", "Cf", "Nd", "No", "Mn"]))
 _TEXTS = st.lists(_PIECES, max_size=30).map("".join)
 
@@ -164,13 +165,15 @@ def test_a_text_equals_itself_and_never_an_unheard_of_number(text):
 def test_the_last_complete_box_counts(parts, number):
   noise = "".join(parts).replace("boxed", "").replace("think", "")
   assert extraction.last_box(rf"\boxed{{7}} \boxed{{{number}}}") == number
-  assert extraction.last_box(noise.replace("{", "").replace("}", "").replace("\\", "") + rf"\boxed{{{number}}}") == number
+  assert extraction.last_box(noise.replace("{", "").replace("}", "").replace("\\",
+      "") + rf"\boxed{{{number}}}") == number
   assert extraction.last_box(rf"\boxed{{ \boxed{{{number}}} ") == number
   assert extraction.last_box(rf"\boxed{{{{{number}}}") is None
 
 
 @pytest.mark.parametrize("text", [
-    r"\boxed{" * 400_000, "{" * 3_000_000, "}" * 3_000_000, "\\" * 3_000_001, r"\boxed" + " " * 3_000_000, r"\boxed{x}" * 300_000,
+    r"\boxed{" * 400_000, "{" * 3_000_000, "}" * 3_000_000, "\\" * 3_000_001, r"\boxed" + " " * 3_000_000,
+    r"\boxed{x}" * 300_000,
     "<think>" * 400_000, "</think>" * 400_000, "\u202e" * 1_000_000, r"\boxed{" + "9" * 3_000_000 + "}"],
     ids=lambda text: f"{text[:8]!r}*{len(text)}")
 def test_a_response_of_megabytes_takes_linear_time(text, repo_root):
@@ -191,8 +194,10 @@ def test_units_are_read_in_one_way(answer, repo_root):
 
 
 @pytest.mark.parametrize("answer, truth, correct", [
-    (r"\{\{1\},2,3\}", r"\{1,2,3\}", False), (r"(\{1\},2)", "(1,2)", False), (r"\{5\}", "5", True), ("5", r"\{5\}", True),
-    (r"1235+1", "1,236", True), ("1,236", "1235+1", True), (r"\frac{7452}{6} - 6", "1,237", False), ("1,2", "12", False),
+    (r"\{\{1\},2,3\}", r"\{1,2,3\}", False), (r"(\{1\},2)", "(1,2)", False), (r"\{5\}", "5", True),
+    ("5", r"\{5\}", True),
+    (r"1235+1", "1,236", True), ("1,236", "1235+1", True), (r"\frac{7452}{6} - 6", "1,237", False),
+    ("1,2", "12", False),
     ("(" * 33 + "2-1" + ")" * 33, "1", False), ("(" * 8 + "2-1" + ")" * 8, "1", True),
 ])
 def test_what_the_fuzz_found(answer, truth, correct):

@@ -1,4 +1,4 @@
-"""Workers that went bad: the parent ends each within its limits, the other items keep their verdicts, nothing is left."""
+"""Workers that went bad: the parent ends each in time, the other items keep their verdicts, and nothing is left."""
 
 import os
 import pathlib
