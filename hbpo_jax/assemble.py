@@ -186,8 +186,9 @@ def load_tokenizer(directory: pathlib.Path, arch: Architecture) -> transformers.
   generic = (directory / "tokenizer.json").is_file()
   loader = transformers.PreTrainedTokenizerFast if generic else transformers.AutoTokenizer
   try:
-    tokenizer = loader.from_pretrained(directory)
-  except (OSError, ValueError, KeyError) as error:
+    # A checkpoint may name Python files of its own (auto_map); they never run, and nobody is asked whether they may.
+    tokenizer = loader.from_pretrained(directory, trust_remote_code=False)
+  except Exception as error:  # The tokenizers library raises nothing narrower.
     raise ValueError(
         f"model.path={str(directory)!r}: transformers cannot read the tokenizer ({error}); save it there again."
     ) from error

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import pathlib
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import logging
 import numpy as np
@@ -64,6 +64,38 @@ def json_value(value: Any) -> Any:
   if hasattr(value, "__array__"):
     return json_value(np.asarray(value).tolist())
   raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def parse_json(text: str | bytes) -> Any:
+  """The value of strict JSON, from a file that anybody may have written.
+
+  Raises:
+    ValueError: when it is not JSON or not in UTF-8, holds a number that is not finite or a name twice in one object,
+      or is nested too deep to be read.
+  """
+  if isinstance(text, bytes):
+    text = text.decode("utf-8")  # json.loads would guess UTF-16 and UTF-32, too.
+  try:
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_not_finite, parse_float=_finite)
+  except RecursionError as error:
+    raise ValueError("it is nested too deep") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
+  return found
+
+
+def _finite(text: str) -> float:
+  value = float(text)
+  return value if math.isfinite(value) else _not_finite(text)
+
+
+def _not_finite(text: str) -> NoReturn:
+  raise ValueError(f"the number {text[:40]} is not finite")
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -133,7 +165,7 @@ def _read_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
     if i == len(lines) - 1 and not line.endswith(b"\n"):
       break  # The writer was killed in the middle of this line.
     try:
-      row = json.loads(line)
+      row = parse_json(line)
     except ValueError as e:
       raise ValueError(f"{path} line {i + 1} is not JSON ({e}); remove that line or move the file away.") from e
     if not isinstance(row, dict) or type(row.get("step")) is not int:

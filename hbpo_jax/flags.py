@@ -25,6 +25,7 @@ from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
 
 from hbpo_jax import commands, config, gin_front, usage
+from hbpo_jax.reporting.text import plain
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 # Settings of `evaluate` that may be written without their section, as its users do in every call.
@@ -91,7 +92,8 @@ def one_line_errors(argv: Sequence[str]) -> Iterator[None]:
       raise
     if wants_traceback(argv):
       traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
+    text = plain(str(error)).replace("\n", " ")  # It may quote a file of somebody else's.
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -15,7 +15,7 @@ import jax
 
 import hbpo_jax
 from hbpo_jax import config, distributed, flags, versions
-from hbpo_jax.files import atomic_write_text
+from hbpo_jax.files import atomic_write_text, parse_json
 
 FORMAT = 1  # Of run.json.
 
@@ -100,7 +100,7 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = parse_json(path.read_bytes())
   except ValueError as error:
     raise ValueError(f"{path} is damaged ({error!r}); restore it from a copy.") from error
   if not isinstance(found, dict):
@@ -153,9 +153,9 @@ def _earlier_starts(path: pathlib.Path) -> list[dict[str, str]]:
   if not path.exists():
     return []
   try:
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = parse_json(path.read_bytes())
     return [*before["earlier_starts"], {"started": before["started"], "command": before["command"]}]
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} is not a run.json of this program; remove it or choose another --workdir.") from error
 
 

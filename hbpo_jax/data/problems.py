@@ -1,6 +1,8 @@
 """Where problems come from: JSON Lines files, TFDS, and the synthetic task."""
 
-from collections.abc import Mapping
+import codecs
+from collections.abc import Iterator, Mapping
+import itertools
 import json
 import pathlib
 import re
@@ -12,11 +14,14 @@ from hbpo_jax.config import DataConfig, SyntheticConfig
 from hbpo_jax.data import choices as choices_lib
 from hbpo_jax.data import synthetic
 from hbpo_jax.data.record import Problem
+from hbpo_jax.files import parse_json
 
 __all__ = ["Problem", "load", "load_jsonl", "load_tfds", "load_train_and_eval", "split_eval"]
 
 _REQUIRED = ("id", "problem", "answer", "source")
 _KNOWN = (*_REQUIRED, "level", "answers")
+_MAX_LINE = 16 << 20  # bytes
+_MAX_LEVEL = 10**6
 
 
 def load(
@@ -106,19 +111,8 @@ def load_jsonl(path: str | pathlib.Path) -> list[Problem]:
       object, lacks a field, has one of the wrong type, or repeats an id.
   """
   path = pathlib.Path(path)
-  try:
-    text = path.read_text(encoding="utf-8")
-  except FileNotFoundError as error:
-    raise ValueError(
-        f"data.source={str(path)!r} does not exist; give 'synthetic', a JSON Lines file, or 'tfds:NAME'.") from error
-  except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(
-        f"data.source={str(path)!r} cannot be read ({error}); give a readable JSON Lines file in UTF-8.") from error
   found, line_of_id = [], {}
-  # Not splitlines(): it also splits at characters that may stand inside a JSON text.
-  for number, line in enumerate(text.split("\n"), start=1):
-    if not line.strip():
-      continue
+  for number, line in _lines(path):
     where = f"{path}:{number}"
     problem = _from_object(_parse(line, where), where)
     if problem.id in line_of_id:
@@ -128,6 +122,28 @@ def load_jsonl(path: str | pathlib.Path) -> list[Problem]:
   if not found:
     raise ValueError(f"data.source={str(path)!r} holds no problem; give a file with one JSON object a line.")
   return found
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+  """(number, text) of every line that is not empty; a byte order mark at the start is no part of the first."""
+  try:
+    with open(path, "rb") as file:
+      # Lines end at \\n only: other separators may stand inside a JSON text.
+      for number in itertools.count(1):
+        line = file.readline(_MAX_LINE + 1)
+        if not line:
+          return
+        if len(line) > _MAX_LINE:
+          raise ValueError(f"{path}:{number} has more than {_MAX_LINE >> 20} MiB; write one JSON object a line.")
+        text = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8")
+        if text.strip():
+          yield number, text
+  except FileNotFoundError as error:
+    raise ValueError(
+        f"data.source={str(path)!r} does not exist; give 'synthetic', a JSON Lines file, or 'tfds:NAME'.") from error
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(
+        f"data.source={str(path)!r} cannot be read ({error}); give a readable JSON Lines file in UTF-8.") from error
 
 
 def load_tfds(name: str, split: str, data_dir: str = "") -> list[Problem]:
@@ -200,7 +216,9 @@ def _text(value: str | bytes) -> str:
 
 def _parse(line: str, where: str) -> dict[str, Any]:
   try:
-    row = json.loads(line)
+    row = parse_json(line)
+    if "\\ud" in line.lower():
+      json.dumps(row, ensure_ascii=False).encode("utf-8")  # Half a surrogate pair is no text that a tokenizer takes.
   except ValueError as error:
     raise ValueError(f"{where} is not JSON ({error}); write one JSON object a line.") from error
   if not isinstance(row, dict):
@@ -215,7 +233,7 @@ def _from_object(row: dict[str, Any], where: str) -> Problem:
     if not isinstance(row[field], str) or not row[field].strip():
       raise ValueError(f"{where}: {field}={row[field]!r} must be a text that is not empty; put it in quotes.")
   level = row.get("level")
-  if level is not None and type(level) is not int:
+  if level is not None and (type(level) is not int or abs(level) > _MAX_LEVEL):
     raise ValueError(f"{where}: level={level!r} must be an integer; correct or remove it.")
   answers = row["answers"] if "answers" in row else [row["answer"]]
   if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):

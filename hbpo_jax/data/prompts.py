@@ -1,7 +1,6 @@
 """From problem texts to the sampler's token arrays: chat template, `<think>` exactly once, budget sentence."""
 
 from collections.abc import Sequence
-import json
 import pathlib
 import re
 from typing import Any
@@ -11,11 +10,14 @@ import numpy as np
 import transformers
 
 from hbpo_jax.config import Config
+from hbpo_jax.files import parse_json
 from hbpo_jax.structs import Prompts
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 NATURAL, EFFICIENCY = "natural", "efficiency"
 
+# What a template's own expressions raise: it is a small program that came with the checkpoint.
+_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 _EMPTY_THOUGHT = re.compile(rf"{THINK_OPEN}\s*{THINK_CLOSE}\s*\Z")
 
 
@@ -72,7 +74,7 @@ class PromptBuilder:
       # Templates without the switch ignore enable_thinking.
       text = str(self._tokenizer.apply_chat_template(
           messages, tokenize=False, add_generation_prompt=True, enable_thinking=True))
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
       remedy = "set prompt.system='' if it takes no system message" if self._cfg.system else "mend the template"
       raise ValueError(f"The chat template refuses the prompt ({error}); {remedy}.") from error
     start = text.rfind(content)
@@ -227,11 +229,12 @@ def eos_ids(tokenizer: transformers.PreTrainedTokenizerBase, checkpoint_dir: str
   path = pathlib.Path(checkpoint_dir, "generation_config.json")
   if checkpoint_dir and path.is_file():
     try:
-      listed = json.loads(path.read_text(encoding="utf-8"))["eos_token_id"]
-    except KeyError:  # The file need not name one.
-      listed = []
+      content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
       raise ValueError(f"{path} cannot be read ({error}); copy it from the checkpoint again, or remove it.") from error
+    if not isinstance(content, dict):
+      raise ValueError(f"{path} holds a {type(content).__name__}; copy it from the checkpoint again, or remove it.")
+    listed = content.get("eos_token_id")  # The file need not name one.
     listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     if not all(type(i) is int for i in listed):
       raise ValueError(f"{path}: eos_token_id={listed!r} must be an integer or a list of integers; correct the file.")

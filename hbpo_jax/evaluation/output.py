@@ -9,13 +9,14 @@ from hbpo_jax.evaluation.store import RESULTS, Evaluated
 from hbpo_jax.files import atomic_write_text, json_value
 from hbpo_jax.reporting import paper_tables
 from hbpo_jax.reporting.tables import Table
+from hbpo_jax.reporting.text import markdown
 
 
 def write_results(evaluated: Evaluated) -> dict[str, Any]:
   """Writes results.json and results.md beside the responses, and returns what results.json holds."""
   results = json_value(results_lib.compute(
       evaluated, budget_sentence=evaluated.manifest["settings"]["prompt.budget_sentence"]))
-  text = "\n".join(f"## {t.title}\n\n{t.to_markdown()}" for t in tables(evaluated, results))
+  text = "\n".join(f"## {markdown(t.title)}\n\n{t.to_markdown()}" for t in tables(evaluated, results))
   atomic_write_text(evaluated.directory / RESULTS, json.dumps(results, indent=2) + "\n")
   atomic_write_text(evaluated.directory / pathlib.Path(RESULTS).with_suffix(".md"), text)
   return results

@@ -19,7 +19,7 @@ from typing import Any
 import hbpo_jax
 from hbpo_jax import distributed
 from hbpo_jax.data.record import Problem
-from hbpo_jax.files import atomic_write_bytes, atomic_write_text, json_line, json_value
+from hbpo_jax.files import atomic_write_bytes, atomic_write_text, json_line, json_value, parse_json
 
 FORMAT = 1
 MANIFEST, RESULTS = "eval.json", "results.json"
@@ -31,6 +31,13 @@ _FIELDS: dict[str, Any] = {
     "id": str, "mode": str, "sample": int, "response": str, "n_gen": int, "n_think": int, "truncated": bool,
     "score": int | float | None, "reason": str | None, "given": str,
 }
+_LEVEL = int | float | str | None
+# () stands for a field that is left out.
+_PROBLEM_FIELDS: dict[str, Any] = {
+    "id": str | tuple, "problem": str | tuple, "answer": str | tuple, "source": str | tuple,
+    "level": int | float | str | None | tuple, "answers": list | tuple, "extra": dict | None | tuple,
+}
+_MOST = 10**8  # problems, or samples of one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +232,7 @@ def _read_manifest(root: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     raise FileNotFoundError(f"{root} holds no evaluation ({MANIFEST} is missing); give the --workdir of one.")
   try:
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = parse_json(path.read_bytes())
     version = manifest["format"]
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} is damaged ({error!r}); restore it, or evaluate again in another directory.") from error
@@ -235,7 +242,34 @@ def _read_manifest(root: pathlib.Path) -> dict[str, Any]:
         f"format {FORMAT}. Use that version, or evaluate again.")
   if missing := [f for f in ("model", "modes", "samples_per_problem", "benchmarks", "settings") if f not in manifest]:
     raise ValueError(f"{path} has no entry {missing[0]!r}; restore it, or evaluate again in another directory.")
+  if fault := _fault(manifest):
+    raise ValueError(f"{path} is damaged ({fault}); restore it, or evaluate again in another directory.")
   return manifest
+
+
+def _fault(manifest: Mapping[str, Any]) -> str:
+  """What is wrong with the entries of a manifest, or ''. A directory may come from anywhere."""
+  for name, kind in (("model", dict), ("modes", list), ("benchmarks", dict), ("settings", dict)):
+    if not isinstance(manifest[name], kind) or (not manifest[name] and name in ("modes", "benchmarks")):
+      return f"{name} is not a {kind.__name__} with entries"
+  if bad := [mode for mode in manifest["modes"] if not _is_mode(mode)]:
+    return f"modes has {bad[0]!r}"
+  if type(manifest["samples_per_problem"]) is not int or not 0 < manifest["samples_per_problem"] <= _MOST:
+    return f"samples_per_problem is {manifest['samples_per_problem']!r}"
+  for name, about in manifest["benchmarks"].items():
+    # It names files, which must not lie elsewhere.
+    if not name or name.startswith(".") or set(name) & set("/\\\0") or not name.isprintable():
+      return f"{name!r} cannot name a benchmark"
+    if not isinstance(about, dict) or not isinstance(about.get("title"), str):
+      return f"benchmark {name!r} has no title"
+    if type(about.get("n_problems")) is not int or not 0 <= about["n_problems"] <= _MOST:
+      return f"benchmark {name!r} has n_problems={about.get('n_problems')!r}"
+  return ""
+
+
+def _is_mode(mode: Any) -> bool:
+  """Whether a value can be the name of a mode; a budget is one, in at most nine digits."""
+  return isinstance(mode, str) and 0 < len(mode) < 64 and (not mode.isdecimal() or (mode.isascii() and len(mode) < 10))
 
 
 def _join_problems(root: pathlib.Path, benchmark: Benchmark) -> list[Problem]:
@@ -260,7 +294,9 @@ def _read_problems(path: pathlib.Path) -> list[Problem]:
   found = []
   for number, row in _objects(path)[0]:
     try:
-      fields: dict[str, Any] = {k: tuple(v) if k == "answers" else v for k, v in row.items() if k in names}
+      if bad := [k for k, kind in _PROBLEM_FIELDS.items() if not isinstance(row.get(k, ()), kind)]:
+        raise TypeError(f"{bad[0]}={row[bad[0]]!r}")
+      fields: dict[str, Any] = {k: tuple(map(str, v)) if k == "answers" else v for k, v in row.items() if k in names}
       found.append(Problem(**fields))
     except TypeError as error:
       raise ValueError(f"{path}:{number} is no problem ({error}); restore the file, or evaluate again.") from error
@@ -279,6 +315,10 @@ def _read_responses(path: pathlib.Path) -> tuple[dict[Key, dict[str, Any]], int]
         raise ValueError(
             f"{path}:{number}: {field}={row.get(field)!r} is missing or of the wrong type; remove the line, and its "
             "response is generated again.")
+    if not _is_mode(row["mode"]) or not isinstance(row.setdefault("level", None), _LEVEL):
+      raise ValueError(
+          f"{path}:{number}: mode={row['mode']!r} or level={row['level']!r} cannot be; remove the line, and its "
+          "response is generated again.")
     rows[_key(row)] = row
   return rows, cut
 
@@ -290,7 +330,7 @@ def _objects(path: pathlib.Path) -> tuple[list[tuple[int, dict[str, Any]]], int]
   found = []
   for number, line in enumerate(lines, start=1):
     try:
-      row = json.loads(line)
+      row = parse_json(line)
     except ValueError as error:
       raise ValueError(f"{path}:{number} is not JSON ({error}); remove the line and run again.") from error
     if not isinstance(row, dict):

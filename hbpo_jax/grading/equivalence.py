@@ -13,6 +13,9 @@ from hbpo_jax.grading.structure import Node
 
 # A longer answer is compared as text only. No true answer of the usual sets is half as long.
 MAX_ANSWER = 512
+MAX_TRUTH = 1024
+# Brackets within brackets. Deeper answers are compared as text only.
+MAX_DEPTH = 32
 
 _CODE = re.compile("|".join([
     r"__|`|==|\$\{|#|;\s*\w+\s+\w+",
@@ -41,16 +44,19 @@ def quick(answer: str, truth: str) -> bool | None:
   """The verdict where exact text or exact numbers decide it, else None. Cheap: for the parent process.
 
   Args:
-    answer: the answer of a response, at most `MAX_ANSWER` characters are compared as more than text.
-    truth: the true answer.
+    answer: the answer of a response; one of more than `MAX_ANSWER` characters or `MAX_DEPTH` levels is compared as
+      text only.
+    truth: the true answer, likewise of `MAX_TRUTH`.
   """
   if answer.strip() == truth.strip():
     return True
-  if len(answer) > MAX_ANSWER or not truth.strip():
+  if len(answer) > MAX_ANSWER or len(truth) > MAX_TRUTH or not truth.strip():
     return False
   given, true = notation.clean(answer), notation.clean(truth)
   if notation.tight(given) == notation.tight(true):
     return bool(given)
+  if notation.depth(given) > MAX_DEPTH:
+    return False
   a, b = numbers.parse(given), numbers.parse(true)
   if a is not None and b is not None:
     return True if numbers.equal(a, b) else _other_readings(given, true)
@@ -85,6 +91,8 @@ def _equal(a: Node, b: Node) -> bool:
     x, y = numbers.parse(units.split(a.text).number), numbers.parse(units.split(b.text).number)
     if x is not None and y is not None:
       return numbers.equal(x, y)
+    # Beside an expression, '1,236' can only be the number.
+    a, b = _ungrouped(a, b), _ungrouped(b, a)
   if a.kind != "leaf" and b.kind != "leaf" and _named(a) and _named(b):
     return _equal_named(a, b)
   a, b = _unnamed(a), _unnamed(b)
@@ -101,6 +109,11 @@ def _equal(a: Node, b: Node) -> bool:
   if "leaf" in (a.kind, b.kind):
     return _equal_mixed(a, b)
   return _equal_parts(a, b)
+
+
+def _ungrouped(a: Node, beside: Node) -> Node:
+  is_number = beside.kind == "leaf" and structure.is_grouped_number(a.text)
+  return Node("leaf", (), a.text.replace(",", "")) if is_number else a
 
 
 def _equal_parts(a: Node, b: Node) -> bool:
@@ -120,13 +133,18 @@ def _equal_parts(a: Node, b: Node) -> bool:
 
 
 def _equal_in_order(a: Node, b: Node) -> bool:
-  return all(_equal(x, y) for x, y in zip(a.parts, b.parts, strict=True))
+  return all(_equal_elements(x, y) for x, y in zip(a.parts, b.parts, strict=True))
+
+
+def _equal_elements(a: Node, b: Node) -> bool:
+  # A set of one is its element where it is the whole answer, but {{1}, 2} is not {1, 2}.
+  return (a.kind == "set") == (b.kind == "set") and _equal(a, b)
 
 
 def _equal_in_any_order(a: Node, b: Node) -> bool:
   left = list(b.parts)
   for x in a.parts:
-    match = next((i for i, y in enumerate(left) if _equal(x, y)), None)
+    match = next((i for i, y in enumerate(left) if _equal_elements(x, y)), None)
     if match is None:
       return False
     del left[match]

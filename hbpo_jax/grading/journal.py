@@ -55,12 +55,12 @@ class Journal:
         raise ValueError("the checksum does not fit")
       verdicts = {}
       for name, (score, reason, answer) in body["verdicts"].items():
-        if reason not in REASONS:
-          raise ValueError(f"reason {reason!r} is unknown")
+        if reason not in REASONS or not 0 <= score <= 1:
+          raise ValueError(f"reason {reason!r} or score {score!r} is unknown")
         verdicts[name] = Verdict(float(score), reason, answer)
     except FileNotFoundError:
       return None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
       _log.warning("The verdicts of step %d in %s are damaged (%s); the step is graded again.", step, path, error)
       return None
     return verdicts

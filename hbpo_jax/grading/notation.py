@@ -123,6 +123,18 @@ def closing(text: str, start: int) -> int:
   return -1
 
 
+def depth(text: str) -> int:
+  """How many brackets of all kinds are open at once at most."""
+  deepest = now = 0
+  for c in text:
+    if c in "([{":
+      now += 1
+      deepest = max(deepest, now)
+    elif c in ")]}":
+      now = max(0, now - 1)
+  return deepest
+
+
 def split(text: str, separators: str) -> list[str]:
   """The parts of the text between the separators that stand outside all brackets and environments."""
   parts, depth, last = [], 0, 0

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import IO, cast
+from typing import IO, NamedTuple, cast
 import weakref
 
 from hbpo_jax.config import GradingConfig
@@ -23,10 +23,17 @@ _log = logging.getLogger(__name__)
 _MAX_WORKERS = 8
 # What an idle worker needs; a lower limit would turn every item into a timeout.
 _MIN_MEMORY_MIB = 256
-# A worker that was killed from outside, crashed or slept is replaced, and its item tried again, this often.
+# A worker that was killed from outside, crashed, slept or talked nonsense is replaced, and its item tried again, this
+# often.
 _ATTEMPTS = 3
 # Longest wait for a worker to load its modules, on a busy machine.
 _START_S = 300.0
+# Seconds between looks at what a busy worker has used, and how far it may pass its CPU time before the parent ends it:
+# the worker's own timer decides first, unless the worker has lost it.
+_LOOK_S = 0.25
+_GRACE = 2.0
+# All that a worker needs of the environment; it gets no tokens and keys.
+_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PYTHONHOME")
 
 # A fresh interpreter instead of multiprocessing's spawn: that one imports the parent's main module (and so JAX) in
 # every worker, and keeps a tracker process. -B: no bytecode files.
@@ -67,8 +74,9 @@ class Grader:
 
   Items are handed in by `submit` as they come, and fetched by `collect`; or all at once by `grade_batch`. Workers start
   when items need them: exact texts and exact numbers are decided at once, in the caller. A verdict depends on the item
-  only: the limit that decides one is CPU time, kept by the kernel. The wall clock only ends workers that sleep, and
-  their items are tried again.
+  only: the limit that decides one is CPU time, kept by the kernel. The parent trusts no worker to keep it: one that has
+  used twice its CPU time or more than its memory is killed with all that it started, and the item is a timeout. The
+  wall clock only ends workers that sleep, and their items are tried again.
   """
 
   identity = "math"
@@ -208,83 +216,133 @@ def _cores() -> int:
 
 def _compare(workers: "_Workers", given: str, truths: tuple[str, ...]) -> bool | None:
   """Whether the answer equals one of the true ones; None = a limit was reached. Runs in a thread of the pool."""
+  fresh = False
   for _ in range(_ATTEMPTS):
-    process = workers.acquire()
+    process = workers.acquire(fresh)
     reply = process.ask({"answer": given, "truths": truths})
-    if reply is not None:
+    if reply is not None and reply in worker.REPLIES:
       workers.release(process)
-      return reply["correct"]
+      return worker.REPLIES[reply]
     status = workers.discard(process)
-    if status in (-signal.SIGPROF, worker.EXIT_MEMORY) or workers.stopped:
+    if process.passed_limit or status == -signal.SIGPROF or workers.stopped:
       return None
-    _log.warning("A grading worker ended or slept (status %s) on the answer %r; it is replaced.", status, given[:80])
+    if status == worker.EXIT_LIMIT and process.n_asked == 1:
+      return None
+    # What earlier items have left in a worker's memory must not decide this one.
+    fresh = True
+    if status != worker.EXIT_LIMIT:
+      _log.warning("A grading worker ended, slept or sent %r (status %s) on the answer %r; it is replaced.",
+                   reply, status, given[:80])
   _log.warning("The answer %r ended %d grading workers; it counts as a timeout.", given[:80], _ATTEMPTS)
   return None
 
 
 class _Process:
-  """One worker process and the lines that go in and out."""
+  """One worker process and the lines that go in and out.
+
+  n_asked: items it was given.  passed_limit: whether the parent saw it use more than it may.
+  """
 
   def __init__(self, cfg: GradingConfig, wall_s: float):
-    path = json.dumps([p for p in sys.path if isinstance(p, str)])
-    self._wall_s = wall_s
+    # Absolute, for it works in a directory of no interest.
+    path = json.dumps([os.path.abspath(p) for p in sys.path if isinstance(p, str)])
+    self._cfg, self._wall_s = cfg, wall_s
+    self.n_asked, self.passed_limit = 0, False
     self._popen = subprocess.Popen(
         [sys.executable, "-B", "-c", _BOOTSTRAP, path, str(cfg.cpu_seconds), str(cfg.memory_mib)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd="/",
+        start_new_session=True,  # A group of its own, so that whatever it starts ends with it.
         # Set iteration, and so SymPy's order of work, must not differ between runs.
-        env=os.environ | {"PYTHONHASHSEED": "0"})
+        env={k: os.environ[k] for k in _ENVIRONMENT if k in os.environ} | {"PYTHONHASHSEED": "0"})
     self._input = cast(IO[bytes], self._popen.stdin)
     self._output = cast(IO[bytes], self._popen.stdout)
+    os.set_blocking(self._input.fileno(), False)
 
   @property
   def pid(self) -> int:
     return self._popen.pid
 
-  def ask(self, item: dict) -> dict | None:
-    """The reply to an item, or None: the process ended, or was silent for too long."""
+  def ask(self, item: dict) -> bytes | None:
+    """The line that answers an item, or None: the process ended, was silent for too long, or passed a limit."""
+    self.n_asked += 1
+    if _wait_for(self._output.fileno(), select.POLLIN, 0.0):
+      return None  # It speaks unasked, or has ended: what it says next would be taken for an answer to this item.
+    deadline = time.monotonic() + self._wall_s
+    before = self._usage()
+    cpu_limit = _GRACE * self._cfg.cpu_seconds + (before.cpu_s if before else 0.0)
     line = json.dumps(item).encode() + b"\n"
-    try:
-      while line:
-        line = line[self._input.write(line):]
-    except BrokenPipeError:
-      return None
-    return self.read(self._wall_s)
+    while line:
+      # A long item does not fit into the pipe before the worker reads it.
+      if not _wait_for(self._input.fileno(), select.POLLOUT, deadline - time.monotonic()):
+        return None
+      try:
+        line = line[os.write(self._input.fileno(), line):]
+      except BrokenPipeError:
+        return None
+    return self.read(deadline, cpu_limit)
 
-  def read(self, wall_s: float) -> dict | None:
-    """The next line of the process, or None as in `ask`."""
-    deadline = time.monotonic() + wall_s
+  def read(self, deadline: float, cpu_limit: float = float("inf")) -> bytes | None:
+    """The next line of the process, at most `worker.MAX_REPLY` bytes of it, or None as in `ask`."""
     line = b""
-    while not line.endswith(b"\n"):
-      if not self._poll(max(0.0, deadline - time.monotonic())):
+    while not line.endswith(b"\n") and len(line) < worker.MAX_REPLY:
+      left = deadline - time.monotonic()
+      if left <= 0:
         return None
-      chunk = os.read(self._output.fileno(), 4096)
-      if not chunk:
-        return None
-      line += chunk
-    return json.loads(line)
+      if _wait_for(self._output.fileno(), select.POLLIN, min(left, _LOOK_S)):
+        chunk = os.read(self._output.fileno(), worker.MAX_REPLY)
+        if not chunk:
+          return None
+        line += chunk
+      elif usage := self._usage():
+        if usage.has_ended:  # Something that it started holds the pipe open.
+          return None
+        if usage.cpu_s > cpu_limit or (cpu_limit < float("inf") and usage.memory > self._cfg.memory_mib << 20):
+          self.passed_limit = True
+          return None
+    return line
 
   def end(self) -> int:
-    """Ends the process and returns its exit status: its own one, if it was ending already."""
-    try:
-      ending = self._poll(0.0) & select.POLLHUP
-      status = self._popen.wait(timeout=5.0 if ending else 0.0)
-    except subprocess.TimeoutExpired:
-      status = self.kill()
+    """Ends the process and all that it started; its own exit status, if it was ending already."""
+    status = self.kill()
     self.close()
     return status
 
   def kill(self) -> int:
-    self._popen.kill()
+    """`end` without closing the pipes, which another thread may read."""
+    if self._popen.returncode is None:
+      try:
+        # A process that has closed its pipes by ending keeps its status.
+        os.killpg(self._popen.pid, signal.SIGKILL)
+      except (ProcessLookupError, PermissionError):  # macOS refuses where only a zombie is left.
+        self._popen.kill()
     return self._popen.wait()
 
   def close(self) -> None:
     self._input.close()
     self._output.close()
 
-  def _poll(self, seconds: float) -> int:
-    poll = select.poll()
-    poll.register(self._output.fileno(), select.POLLIN)
-    return sum(event for _, event in poll.poll(seconds * 1000))
+  def _usage(self) -> "_Usage | None":
+    """What the process has used, as Linux tells; None elsewhere."""
+    try:
+      with open(f"/proc/{self._popen.pid}/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+      return None
+    ticks = int(fields[11]) + int(fields[12])
+    return _Usage(ticks / os.sysconf("SC_CLK_TCK"), int(fields[20]), fields[0] in (b"Z", b"X"))
+
+
+class _Usage(NamedTuple):
+  """cpu_s: CPU seconds.  memory: bytes of address space.  has_ended: it waits to be reaped."""
+  cpu_s: float
+  memory: int
+  has_ended: bool
+
+
+def _wait_for(fd: int, event: int, seconds: float) -> int:
+  poll = select.poll()
+  poll.register(fd, event)
+  return sum(found for _, found in poll.poll(max(0.0, seconds) * 1000))
 
 
 class _Workers:
@@ -297,16 +355,19 @@ class _Workers:
     self._alive: set[_Process] = set()
     self.stopped = False
 
-  def acquire(self) -> _Process:
-    """An idle process, or a new one that has said it is ready."""
+  def acquire(self, fresh: bool = False) -> _Process:
+    """An idle process, or a new one that has said it is ready; if `fresh`, a new one in place of an idle one."""
     with self._lock:
       if self.stopped:
         raise RuntimeError("the grader is closed; open a new one.")
-      if self._idle:
-        return self._idle.pop()
+      idle = self._idle.pop() if self._idle else None
+      if idle is not None and not fresh:
+        return idle
       process = _Process(self._cfg, self._wall_s)
       self._alive.add(process)
-    if process.read(_START_S) is None:
+    if idle is not None:
+      self.discard(idle)
+    if process.read(time.monotonic() + _START_S) != worker.READY:
       status = self.discard(process)
       raise RuntimeError(
           f"a grading worker ended at its start with status {status}; see its error output "

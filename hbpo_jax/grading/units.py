@@ -35,12 +35,13 @@ _NO_UNIT = re.compile(
     r"\b(?:or|and|not|to|than|less|more|least|most|plus|minus|times|over|divided|about|approximately|between|if|where"
     r"|for|mod|dozen|half|quarter|i|e|pi)\b")
 
-_POWER = r"(?:\^\s*\{?\s*-?[0-9]\s*\}?)?"
-_WORDED = rf"\\(?:text|textrm|textnormal|mathrm|mbox|operatorname)\s*\{{[^{{}}0-9]*\}}\s*{_POWER}"
-_TEXT_UNIT = re.compile(rf"(?P<number>.*[0-9)}}\]a-zA-Z])\s*(?P<unit>{_WORDED}(?:\s*(?:/|\\cdot)?\s*{_WORDED})*)")
+# One way only to read each space: two ways for one of n would make 2^n for the whole.
+_POWER = r"(?:\s*\^\s*\{?\s*-?[0-9]\s*\}?)?"
+_WORDED = rf"\\(?:text|textrm|textnormal|mathrm|mbox|operatorname)\s*\{{[^{{}}0-9]*\}}{_POWER}"
+_TEXT_UNIT = re.compile(rf"(?P<number>.*[0-9)}}\]a-zA-Z])\s*(?P<unit>{_WORDED}(?:(?:\s*(?:/|\\cdot))?\s*{_WORDED})*)")
 _BARE_WORD = rf"(?:{_BARE})(?:e?s)?\b"
 _BARE_UNIT = re.compile(
-    rf"(?P<number>.*[0-9)}}])\s*(?P<unit>{_BARE_WORD}(?:\s*(?:/|per)?\s*{_BARE_WORD}|/[a-z]{{1,3}}\b)*\s*{_POWER}"
+    rf"(?P<number>.*[0-9)}}])\s*(?P<unit>{_BARE_WORD}(?:(?:\s*(?:/|per))?\s*{_BARE_WORD}|/[a-z]{{1,3}}\b)*{_POWER}"
     r"|(?<=\s)[a-zA-Z]{3,}(?:\s+[a-zA-Z]{3,})?)")
 _PERCENT = re.compile(r"(?P<number>.*[0-9)}])\s*(?:\\?%|\\(?:text|mathrm|mbox)\s*\{\s*per\s?cent\s*\}|per\s?cent)")
 _COMMAND = re.compile(r"\\(?:text|textrm|textnormal|mathrm|mbox|operatorname)")

@@ -1,4 +1,4 @@
-"""The process that compares answers for the pool: one JSON line in, one JSON line out, under hard limits.
+"""The process that compares answers for the pool: one JSON line in, one word out, under hard limits.
 
 It is started as a fresh interpreter (never forked, and without importing the parent's main module), ends when its
 standard input does or its parent is gone, and may neither write files, start processes nor open sockets.
@@ -14,8 +14,14 @@ import sys
 
 from hbpo_jax.grading import equivalence
 
-# Exit status after an item that ran out of memory; the parent reads it as a limit reached.
-EXIT_MEMORY = 77
+# Exit status after an item that ran out of memory or nested too deep; the parent reads it as a limit reached.
+EXIT_LIMIT = 77
+# All that a worker ever says, so that the parent has nothing to parse.
+READY = b"ready\n"
+REPLIES = {b"correct\n": True, b"wrong\n": False}
+MAX_REPLY = 16
+# Files that may be open at once: modules are loaded late.
+_OPEN_FILES = 16
 # Seconds between looks at whether the parent still lives, while there is nothing to do.
 _PARENT_CHECK_S = 5.0
 # Compared before the first item, so that loading modules and building parser tables is not charged to an item.
@@ -29,13 +35,13 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _FORBIDDEN = (
     "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.remove", "os.rename", "os.mkdir", "os.rmdir",
     "os.truncate", "os.link", "os.symlink", "os.chmod", "os.chown", "os.kill", "subprocess.", "socket.", "shutil.",
-    "pty.")
+    "pty.", "ctypes.", "resource.", "fcntl.", "sqlite3.", "tempfile.")
 
 
 def main(cpu_seconds: float, memory_mib: int) -> None:
   """Answers items until the input ends.
 
-  An item is {"answer": text, "truths": [texts]}, its answer {"correct": bool}. The kernel ends the process (SIGPROF)
+  An item is {"answer": text, "truths": [texts]}, its answer one of `REPLIES`. The kernel ends the process (SIGPROF)
   when one item has used `cpu_seconds` of CPU time, also inside one long operation on integers.
 
   Args:
@@ -51,15 +57,15 @@ def main(cpu_seconds: float, memory_mib: int) -> None:
   for answer, truth in _WARM_UP:
     equivalence.equal(answer, truth)
   _restrict(memory_mib)
-  _send(replies, {"ready": True})
+  os.write(replies, READY)
   for item in _items(parent):
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
     try:
       correct = any(equivalence.equal(item["answer"], truth) for truth in item["truths"])
-    except MemoryError:
-      os._exit(EXIT_MEMORY)
+    except (MemoryError, RecursionError):
+      os._exit(EXIT_LIMIT)
     signal.setitimer(signal.ITIMER_PROF, 0)
-    _send(replies, {"correct": correct})
+    os.write(replies, b"correct\n" if correct else b"wrong\n")
 
 
 def _restrict(memory_mib: int) -> None:
@@ -67,16 +73,14 @@ def _restrict(memory_mib: int) -> None:
   resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
   resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # No process and no thread; root is exempt, the hook is not.
+  resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
   sys.addaudithook(_refuse)
 
 
 def _refuse(event: str, args: tuple) -> None:
   if event.startswith(_FORBIDDEN) or (event == "open" and isinstance(args[2], int) and args[2] & _WRITING):
     raise PermissionError(f"a grading worker may not do {event}")
-
-
-def _send(fd: int, message: dict) -> None:
-  os.write(fd, json.dumps(message).encode() + b"\n")
 
 
 def _items(parent: int) -> Iterator[dict]:

@@ -171,7 +171,7 @@ class Checkpointer:
             item={"params": abstract_params}, partial_restore=True,
             restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract_params})))["params"]
       for name, value in fingerprint(params).items():
-        if content["sums"][f".params{name}"] != value:
+        if content["sums"].get(f".params{name}") != value:
           raise DamagedCheckpointError(f"array .params{name} does not match its checksum")
     except (DamagedCheckpointError, OSError) as error:
       raise ValueError(f"{folder} is damaged ({error}); give another step.") from error
@@ -224,9 +224,15 @@ class Checkpointer:
         raise DamagedCheckpointError(f"{name} does not match its checksum")
 
   def _read_meta(self, step: int) -> dict[str, Any]:
-    content = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    if content["step"] != step:
-      raise DamagedCheckpointError(f"its content is of step {content['step']}")
+    try:
+      content = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    except (ValueError, RecursionError) as error:
+      raise DamagedCheckpointError(f"its meta is not JSON ({error})") from error
+    # Checksums that fit do not make it ours.
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("meta", "arrays", "sums")):
+      raise DamagedCheckpointError("its meta is not that of a checkpoint")
+    if content.get("step") != step:
+      raise DamagedCheckpointError(f"its content is of step {content.get('step')!r}")
     return content
 
   def _check_fit(self, step: int, abstract_state: TrainState, saved: dict[str, str]) -> None:

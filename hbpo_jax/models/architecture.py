@@ -1,12 +1,16 @@
 """What a checkpoint's config.json says about the network, as one hashable value."""
 
 import dataclasses
-import json
+import math
 import os
 import pathlib
 from typing import Any
 
+from hbpo_jax.files import parse_json
+
 FAMILIES = ("qwen2", "qwen3", "llama")
+# Far above any model that there is: a larger number is a mistake, and tables as long as it would fill the memory.
+_MOST_LAYERS, _MOST = 4096, 2**31 - 1
 _SIZES = ("n_layers", "hidden_size", "mlp_size", "n_heads", "n_kv_heads", "head_size", "vocab_size", "max_context")
 _CLASS_NAMES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 # What transformers assumes where a file of that family leaves the key out.
@@ -58,6 +62,12 @@ class Architecture:
       value = getattr(self, name)
       if type(value) is not int or value < 1:
         raise ValueError(f"architecture.{name}={value!r} must be a positive integer; correct the model's config.json.")
+      if value > (most := _MOST_LAYERS if name == "n_layers" else _MOST):
+        raise ValueError(f"architecture.{name}={value:.6g} is above {most}; correct the model's config.json.")
+    for name in ("rope_theta", "rms_eps"):
+      if not 0.0 < getattr(self, name) < math.inf:
+        raise ValueError(
+            f"architecture.{name}={getattr(self, name)!r} is not above 0; correct the model's config.json.")
     if self.n_heads % self.n_kv_heads:
       raise ValueError(
           f"architecture.n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}; "
@@ -97,8 +107,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     ValueError: when the file is not a JSON object; names the file.
   """
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    content = parse_json(path.read_bytes())
+  except ValueError as error:
     raise ValueError(f"{path} is not valid JSON ({error}); download or export the checkpoint again.") from error
   if not isinstance(content, dict):
     raise ValueError(
@@ -149,8 +159,8 @@ def _parse(config: dict[str, Any], where: str) -> Architecture:
   if family not in FAMILIES:
     raise ValueError(f"{where}: model_type={family!r} is not supported; use a checkpoint of one of {FAMILIES}.")
   _refuse_variants(config, where)
-  n_heads = _required(config, "num_attention_heads", where)
-  hidden = _required(config, "hidden_size", where)
+  n_heads = _integer(config, "num_attention_heads", where)
+  hidden = _integer(config, "hidden_size", where)
   head_size = config["head_dim"] if config.get("head_dim") is not None else _HEAD_SIZE_IF_ABSENT[family]
   if head_size is None:
     if hidden % n_heads:
@@ -170,9 +180,9 @@ def _parse(config: dict[str, Any], where: str) -> Architecture:
       vocab_size=_required(config, "vocab_size", where),
       rope_theta=theta,
       rope_scaling=scaling,
-      rms_eps=float(_required(config, "rms_norm_eps", where)),
+      rms_eps=_number(config, "rms_norm_eps", where),
       # transformers leaves the key out of files in which it equals the default of all three families.
-      tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+      tie_embeddings=_switch(config, "tie_word_embeddings", where),
       qkv_bias=family == "qwen2",
       qk_norm=family == "qwen3",
       max_context=_required(config, "max_position_embeddings", where),
@@ -185,12 +195,35 @@ def _required(config: dict[str, Any], key: str, where: str) -> Any:
   return config[key]
 
 
+def _integer(config: dict[str, Any], key: str, where: str) -> int:
+  value = _required(config, key, where)
+  if type(value) is not int or value < 1:
+    raise ValueError(f"{where}: {key}={value!r} must be a positive integer; correct the file.")
+  return value
+
+
+def _number(config: dict[str, Any], key: str, where: str) -> float:
+  value = _required(config, key, where)
+  if type(value) not in (int, float) or not 0 < value < 1e30:
+    raise ValueError(f"{where}: {key}={value!r} must be a number above 0; correct the file.")
+  return float(value)
+
+
+def _switch(config: dict[str, Any], key: str, where: str) -> bool:
+  # The text "false" would count as true.
+  if config.get(key) not in (None, True, False):
+    raise ValueError(f"{where}: {key}={config[key]!r} must be true or false; correct the file.")
+  return bool(config.get(key))
+
+
 def _refuse_variants(config: dict[str, Any], where: str) -> None:
   """Raises for every option that would change the arithmetic and that the decoder does not implement."""
 
   def refuse(key: str, remedy: str):
     raise ValueError(f"{where}: {key}={config[key]!r} is not supported; {remedy}.")
 
+  if not isinstance(config.get("layer_types") or [], list):
+    refuse("layer_types", "use a checkpoint that lists the type of every layer")
   if config.get("hidden_act") not in (None, "silu"):
     refuse("hidden_act", "use a checkpoint with hidden_act 'silu'")
   if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
@@ -219,20 +252,21 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
   if theta is None:
     raise ValueError(
         f"{where}: rope_theta is missing (also in rope_parameters); add the value the model was trained with.")
+  theta = _number({"rope_theta": theta}, "rope_theta", where)
   partial = options.get("partial_rotary_factor", config.get("partial_rotary_factor"))
   if partial not in (None, 1, 1.0):
     raise ValueError(f"{where}: partial_rotary_factor={partial!r} is not supported; use a fully rotary checkpoint.")
   kind = options.get("rope_type", options.get("type", "default"))
   if kind == "default":
-    return float(theta), None
+    return theta, None
 
   def read(key: str) -> float:
-    return float(_required(options, key, f"{where}, rope scaling"))
+    return _number(options, key, f"{where}, rope scaling")
 
   if kind == "linear":
-    return float(theta), RopeScaling("linear", read("factor"))
+    return theta, RopeScaling("linear", read("factor"))
   if kind == "llama3":
-    return float(theta), RopeScaling(
+    return theta, RopeScaling(
         "llama3", read("factor"), read("low_freq_factor"), read("high_freq_factor"),
         int(read("original_max_position_embeddings")))
   raise ValueError(

@@ -9,13 +9,17 @@ import json
 import math
 import os
 import pathlib
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from hbpo_jax.files import parse_json
+
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100 * 2**20  # the format's own limit
+_MAX_SIZE = 2**48  # bytes or values, far above any file
 _AGAIN = "download or export the checkpoint again."
 
 
@@ -69,19 +73,34 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
       raise ValueError(f"{path} is corrupt or truncated ({size} bytes do not hold its header); {_AGAIN}")
     raw = f.read(length)
   try:
-    header = json.loads(raw)
-    entries = {
-        name: Tensor(path, name, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
-        for name, entry in header.items() if name != "__metadata__"}
-    ends = {name: 8 + length + header[name]["data_offsets"][1] for name in entries}
-  except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    header = parse_json(raw)
+    entries = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{path} is corrupt (its header is not a safetensors header: {error!r}); {_AGAIN}") from error
-  for name, tensor in entries.items():
-    if tensor.dtype_name in _DTYPES and ends[name] - tensor.offset != math.prod(tensor.shape) * tensor.dtype.itemsize:
+  end = 8 + length
+  for tensor, stop in sorted(entries.values(), key=lambda entry: (entry[0].offset, entry[1])):
+    name = tensor.name
+    if tensor.dtype_name in _DTYPES and stop - tensor.offset != math.prod(tensor.shape) * tensor.dtype.itemsize:
       raise ValueError(f"{path} is corrupt: the bytes of tensor {name} do not fit its shape {tensor.shape}; {_AGAIN}")
-  if (expected := max(ends.values(), default=8 + length)) != size:
-    raise ValueError(f"{path} is corrupt or truncated: it has {size} bytes and its header needs {expected}; {_AGAIN}")
-  return entries
+    if tensor.offset != end:
+      raise ValueError(f"{path} is corrupt: tensor {name} does not start where the one before it ends; {_AGAIN}")
+    end = stop
+  if end != size:
+    raise ValueError(f"{path} is corrupt or truncated: it has {size} bytes and its header needs {end}; {_AGAIN}")
+  return {name: tensor for name, (tensor, _) in entries.items()}
+
+
+def _entry(path: pathlib.Path, name: str, entry: dict[str, Any], data: int) -> tuple[Tensor, int]:
+  """(tensor, its end in the file) of one entry of a header, whose data start at byte `data`."""
+  dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+  if not isinstance(dtype, str):
+    raise ValueError(f"the dtype of {name!r} is {dtype!r}")
+  if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < _MAX_SIZE for n in shape):
+    raise ValueError(f"the shape of {name!r} is not a list of sizes")
+  if (not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets)
+      or not 0 <= offsets[0] <= offsets[1] < _MAX_SIZE):
+    raise ValueError(f"the data_offsets of {name!r} are not a start and an end")
+  return Tensor(path, name, data + offsets[0], tuple(shape), dtype), data + offsets[1]
 
 
 class Writer:

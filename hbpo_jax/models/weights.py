@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -82,6 +83,12 @@ def _inspect(directory: pathlib.Path) -> dict[str, Tensor]:
     weight_map = architecture.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
       raise ValueError(f"{index} has no weight_map; download or export the checkpoint again.")
+    for name, file in weight_map.items():
+      # A path could lead anywhere.
+      if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+        raise ValueError(
+            f"{index}: tensor {name!r} is said to be in {file!r}, which is not the name of a safetensors file beside "
+            "it; download or export the checkpoint again.")
     files = sorted(set(weight_map.values()))
   elif (directory / _SINGLE).is_file():
     weight_map, files = {}, [_SINGLE]
@@ -349,6 +356,7 @@ def _copy_files(source: pathlib.Path, directory: pathlib.Path, dtype: str) -> No
   write_json(directory / "config.json", config)
   for name in _COPIED:
     if (source / name).is_file():
+      _check_inside(source, name)
       shutil.copyfile(source / name, directory / name)
 
 
@@ -358,6 +366,19 @@ def _complete_generation_config(directory: pathlib.Path) -> None:
     config = architecture.read_json(directory / "config.json")
     ids = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
     write_json(directory / GENERATION, ids)
+
+
+def _check_inside(directory: pathlib.Path, name: str) -> None:
+  """Raises where a file is a link out of its checkpoint: an export may be published, and could carry any file along.
+
+  The hub's cache links from snapshots/REVISION to blobs.
+  """
+  home, target = directory.resolve(), (directory / name).resolve()
+  inside = [home] + ([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])
+  if not any(target.is_relative_to(folder) for folder in inside):
+    raise ValueError(
+        f"{directory / name} is a link to {target}, outside the checkpoint, and would be copied into the export; "
+        "put the file itself there.")
 
 
 def _write_new_files(tokenizer: Any, arch: Architecture, directory: pathlib.Path, dtype: str) -> None:

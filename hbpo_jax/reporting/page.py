@@ -12,6 +12,7 @@ from hbpo_jax.reporting import comparison, paper_tables, sections, training_sect
 from hbpo_jax.reporting.blocks import Block, Facts, Heading, Picture, Section, Sheet
 from hbpo_jax.reporting.runs import Run
 from hbpo_jax.reporting.sample_view import MOST, Samples, collect, visible
+from hbpo_jax.reporting.text import markdown
 
 _TEMPLATE = "report.html.jinja"
 _SAMPLES = "Sample responses"
@@ -75,14 +76,14 @@ def to_html(report: Report) -> str:
 
 def to_markdown(report: Report) -> str:
   """The same without responses; figures are linked as plots/NAME.png."""
-  lines = [f"# {_line(report.title)}\n", f"**{_line(report.headline)}**\n"]
-  lines += [f"{_line(report.basis)}\n"] if report.basis else []
+  lines = [f"# {_markdown_line(report.title)}\n", f"**{_markdown_line(report.headline)}**\n"]
+  lines += [f"{_markdown_line(report.basis)}\n"] if report.basis else []
   for section in (*report.sections, *report.closing):
     lines.append(f"## {section.title}\n")
     lines += map(_markdown, section.blocks)
   if report.missing:
     lines.append("## Not shown\n")
-    lines.append("\n".join(f"* {title}: {_line(why)}" for title, why in report.missing) + "\n")
+    lines.append("\n".join(f"* {title}: {_markdown_line(why)}" for title, why in report.missing) + "\n")
   return "\n".join(lines)
 
 
@@ -138,16 +139,16 @@ def _sha256(text: str) -> str:
 
 def _markdown(block: Block) -> str:
   if isinstance(block, Picture):
-    alt = _line(block.alt).replace("[", "(").replace("]", ")")
-    return f"![{alt}](plots/{block.name}.png)\n\n{_line(block.caption)}\n"
+    alt = _markdown_line(block.alt.replace("[", "(").replace("]", ")"))
+    return f"![{alt}](plots/{block.name}.png)\n\n{_markdown_line(block.caption)}\n"
   if isinstance(block, Sheet):
-    caption = f"\n{_line(block.caption)}\n" if block.caption else ""
-    return f"**{_line(block.table.title)}**\n\n{_one_line_each(block)}{caption}"
+    caption = f"\n{_markdown_line(block.caption)}\n" if block.caption else ""
+    return f"**{_markdown_line(block.table.title)}**\n\n{_one_line_each(block)}{caption}"
   if isinstance(block, Facts):
-    return "\n".join(f"* {_line(item)}" for item in block.items) + "\n"
+    return "\n".join(f"* {_markdown_line(item)}" for item in block.items) + "\n"
   if isinstance(block, Heading):
-    return f"### {_line(block.text)}\n"
-  return f"{_line(block.text)}\n"
+    return f"### {_markdown_line(block.text)}\n"
+  return f"{_markdown_line(block.text)}\n"
 
 
 def _one_line_each(sheet: Sheet) -> str:
@@ -158,6 +159,10 @@ def _one_line_each(sheet: Sheet) -> str:
 
 def _line(text: str) -> str:
   return " ".join(visible(text).split())
+
+
+def _markdown_line(text: str) -> str:
+  return markdown(_line(text))
 
 
 def _caption(sheet: Sheet) -> str:

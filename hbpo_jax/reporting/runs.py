@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -12,9 +11,10 @@ from hbpo_jax import config, run_info
 from hbpo_jax.evaluation import results as results_lib
 from hbpo_jax.evaluation import store
 from hbpo_jax.evaluation.store import Evaluated
-from hbpo_jax.files import read_rows
+from hbpo_jax.files import parse_json, read_rows
 
 _STEP = re.compile(r"step_(\d+)")
+_LARGEST = 1e300  # of a metric
 _TRAINED_STEP = 10**9  # After every step.
 
 
@@ -119,7 +119,7 @@ def read(path: str | os.PathLike, name: str, *, alone: bool = False) -> Run:
       f"{old} is an evaluation of an older version, without its problems and modes; it is left out. Evaluate again."
       for old in sorted((root / "eval").glob("*.jsonl"))]
   return Run(
-      name, root, info or {"config": {}}, read_rows(metrics) if metrics.is_file() else [],
+      name, root, info or {"config": {}}, _read_metrics(metrics) if metrics.is_file() else [],
       read_rows(samples) if samples.is_file() else [], tuple(evaluations), tuple(notes))
 
 
@@ -182,7 +182,7 @@ def _read_info(path: pathlib.Path) -> dict[str, Any] | None:
   if not path.is_file():
     return None
   try:
-    info = json.loads(path.read_text(encoding="utf-8"))
+    info = parse_json(path.read_bytes())
   except ValueError as error:
     raise ValueError(f"{path} is not JSON ({error}); restore it, or start the run again to have it written.") from error
   if not isinstance(info, dict) or not isinstance(info.get("config"), dict):
@@ -192,6 +192,15 @@ def _read_info(path: pathlib.Path) -> dict[str, Any] | None:
         f"{path} is of format {info['format']!r}, written by hbpo_jax {info.get('hbpo_jax', '?')}; this version reads "
         f"format {run_info.FORMAT}. Use that version.")
   return info
+
+
+def _read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+  rows = read_rows(path)
+  for row in rows:
+    for tag, value in row.items():
+      if value is not None and (type(value) not in (int, float) or abs(value) > _LARGEST):
+        raise ValueError(f"{path}, step {row['step']}: {tag}={str(value)[:40]!r} is no number; remove that line.")
+  return rows
 
 
 def _is_cut(path: pathlib.Path) -> bool:

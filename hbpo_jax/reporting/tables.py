@@ -9,7 +9,7 @@ import numpy as np
 import rich.table
 import rich.text
 
-from hbpo_jax.reporting.text import plain
+from hbpo_jax.reporting.text import markdown, plain
 
 # A difficulty level: a number, a name, or None where the problem does not say.
 Level = int | float | str | None
@@ -40,7 +40,7 @@ class Table:
   def to_markdown(self) -> str:
     """A Markdown table without the title, ending in a newline."""
     def line(cells: Sequence[str]) -> str:
-      return "| " + " | ".join(cell.replace("\\", "\\\\").replace("|", "\\|") for cell in cells) + " |\n"
+      return "| " + " | ".join(markdown(cell) for cell in cells) + " |\n"
 
     rule = "|" + "|".join([":--"] + ["--:"] * (len(self.columns) - 1)) + "|\n"
     return line(self.columns) + rule + "".join(map(line, self.rows))

@@ -21,6 +21,14 @@ def plain(text: str, limit: int | None = None) -> str:
   return safe + (f" [... {dropped:,} more characters]" if dropped else "")
 
 
+_MARKDOWN = str.maketrans({c: "\\" + c for c in "\\|`[$"} | {"<": "&lt;", "&": "&amp;", "\n": " ", "\r": " "})
+
+
+def markdown(text: str) -> str:
+  """Text on one line of Markdown that starts no cell, code, link, formula or HTML; emphasis stays, it does no harm."""
+  return plain(text).translate(_MARKDOWN)
+
+
 def duration(seconds: float) -> str:
   """Hours, minutes and seconds, such as 1:02:03."""
   minutes, s = divmod(round(seconds), 60)

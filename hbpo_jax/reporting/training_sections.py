@@ -211,7 +211,11 @@ def config_of(run: Run) -> config.Config | None:
     if name in known:
       parent, _, leaf = name.rpartition(".")
       value = tuple(known[name]) if isinstance(known[name], list) else known[name]
-      (config.get(cd, parent) if parent else cd)[leaf] = value
+      try:
+        (config.get(cd, parent) if parent else cd)[leaf] = value
+      except TypeError as error:
+        raise ValueError(
+            f"{run.path / 'run.json'}: config.{name}={value!r} has the wrong type; restore the file.") from error
   return config.from_config_dict(cd)
 
 

@@ -1,10 +1,12 @@
 """Verdicts on disk: a resumed run repeats them."""
 
+import json
 import logging
 
 import pytest
 
 from hbpo_jax.grading import Grader, Journal, StepGrading, Verdict, grade_step
+from hbpo_jax.grading import journal as journal_module
 from hbpo_jax.grading.journal import digest
 
 VERDICTS = {"a": Verdict(1.0, "correct", "5"), "b": Verdict(0.25, "wrong", "\ud800\x00"), "c": Verdict(0.0, "timeout")}
@@ -37,9 +39,14 @@ def test_read_gives_what_was_written(tmp_path):
   assert [p.name for p in (tmp_path / "verdicts").iterdir()] == ["verdicts-00000003.json"]
 
 
+def _signed(rows):
+  return json.dumps({"sum": journal_module._checksum(rows), "verdicts": rows}).encode()
+
+
 @pytest.mark.parametrize("damage", [
     lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b.replace(b"correct", b"wrong", 1), lambda b: b"[]",
-    lambda b: b"\xff" + b,
+    lambda b: b"\xff" + b, lambda b: b"[" * 100_000, lambda b: _signed({"x": [1e9, "correct", ""]}),
+    lambda b: _signed({"x": [float("nan"), "correct", ""]}), lambda b: _signed({"x": ["1", "correct", ""]}),
     lambda b: b'{"sum": null, "verdicts": null}'])
 def test_a_damaged_file_is_reported_graded_again_and_rewritten(tmp_path, caplog, damage):
   journal = Journal(tmp_path)

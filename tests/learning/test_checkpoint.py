@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, in the background, on another mesh, and past damaged ones."""
 
+import hashlib
 import json
 import logging
 import threading
@@ -288,3 +289,25 @@ class StateBeforeMemory:
   update: Any
   params: Any
   opt_state: Any
+
+
+def _lie(folder, text):
+  """Another meta, with checksums that fit it."""
+  path = folder / "meta" / "metadata"
+  path.write_text(text)
+  sums = json.loads((folder / "checksums.json").read_text())
+  sums["meta/metadata"] = hashlib.sha256(path.read_bytes()).hexdigest()
+  (folder / "checksums.json").write_text(json.dumps(sums))
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: "", lambda c: "[]", lambda c: "5", lambda c: "[" * 100_000, lambda c: json.dumps(c | {"step": 1}),
+    lambda c: json.dumps(c | {"step": None}), lambda c: json.dumps({k: v for k, v in c.items() if k != "sums"}),
+    lambda c: json.dumps(c | {"meta": []}), lambda c: json.dumps(c | {"arrays": None}),
+    lambda c: json.dumps(c | {"sums": dict.fromkeys(c["sums"], 0)}), lambda c: json.dumps(c | {"sums": {}})])
+def test_a_checkpoint_that_lies_about_itself_is_passed_over(tmp_path, learner, change):
+  folder = tmp_path / "checkpoints"
+  save(folder, learner, 1, 2)
+  _lie(folder / "2", change(json.loads((folder / "2" / "meta" / "metadata").read_text())))
+  assert restore(folder, learner)[1]["at"] == 1
+  assert (tmp_path / "checkpoints_damaged" / "2.0").is_dir()

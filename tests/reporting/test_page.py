@@ -121,6 +121,31 @@ def test_hostile_texts_stay_texts(tmp_path):
   assert max(map(len, shown)) < 21_000 and any("[... 180,000 characters are not on this page ...]" in t for t in shown)
 
 
+def test_hostile_names_stay_texts_in_markdown_and_latex(tmp_path):
+  bad = hostile.TEXTS[hostile.FIRST_NEW:]
+  for name, seed in (("a", 0), ("b", 1)):
+    runs_fixture.make_evaluation(
+        tmp_path / name, benchmarks={"x": bad[9]}, seed=seed, n_problems=4, k=1, modes=("natural",),
+        settings={"model.path": bad[10], "x": bad[8]})
+  found = runs.read_all([f"{bad[0]} {bad[8]}={tmp_path / 'a'}", f"{bad[9]} {bad[10]}={tmp_path / 'b'}"])
+  report = page.make(found, "; ".join(bad))
+  text = page.to_markdown(report)
+  assert not [c for c in text if c != "\n" and not c.isprintable()]
+  assert "<" not in text and not re.search(r"(?<!\\)(?:\\\\)*`", text)
+  links = re.findall(r"(?<!\\)(?:\\\\)*\[[^\]]*\]\(([^)]*)\)", text)
+  assert links and all(re.fullmatch(r"plots/\w+\.png", link) for link in links)
+  rows = [line for line in text.splitlines() if line.startswith("|")]
+  assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|",
+      row)) for row in rows if "a \\| b" in row or "---" in row} <= set(range(2, 30))
+  assert not [line for line in text.splitlines() if line.startswith(("# head", "```", "|---|"))]
+  latex = page.to_latex(report)
+  commands = set(re.findall(r"\\([a-zA-Z]+)", latex))
+  assert commands <= {
+      "begin", "end", "centering", "caption", "toprule", "midrule", "bottomrule", "textbackslash", "textasciitilde",
+      "textasciicircum",
+      "textless", "textgreater", "textbar", "textasciigrave", "pm", "usepackage", "resizebox"}, commands
+
+
 def test_the_headline_compares_what_both_answered(both, report):
   assert report.headline.startswith("Tokens per response fell by ") and "accuracy went from" in report.headline
   change = comparison.compare(both[1].main[0], both[2].main[0])

@@ -77,7 +77,7 @@ def test_table_refuses_two_problem_sets():
 
 def test_forms_of_a_table():
   table = tables.Table("t [x]", ("level", "n"), (("[red]a|b[/red]", "1"), ("all", "22")))
-  assert table.to_markdown() == "| level | n |\n|:--|--:|\n| [red]a\\|b[/red] | 1 |\n| all | 22 |\n"
+  assert table.to_markdown() == "| level | n |\n|:--|--:|\n| \\[red]a\\|b\\[/red] | 1 |\n| all | 22 |\n"
   lines = table.to_text().splitlines()
   assert lines[0] == "t [x]" and lines[3] == "[red]a|b[/red]   1" and lines[4] == "all             22"
   out = io.StringIO()

@@ -3,6 +3,7 @@
 import pytest
 
 from hbpo_jax import report
+from hbpo_jax.reporting import sample_view
 from tests.reporting import hostile, runs_fixture
 from tests.system import browser
 
@@ -119,11 +120,29 @@ def test_hostile_texts_do_nothing_and_are_shown(tab, html):
   shown = tab.evaluate("[...document.querySelectorAll('#samples pre')].map((e) => e.textContent)")
   for text in (hostile.TEXTS[0], hostile.TEXTS[1], hostile.TEXTS[2], hostile.TEXTS[3], hostile.TEXTS[7]):
     assert text in shown
+  assert {sample_view.visible(text) for text in hostile.TEXTS[hostile.FIRST_NEW:]} <= set(shown)
   problems = tab.evaluate("[...document.querySelectorAll('#samples .problem')].map((e) => e.textContent)")
   assert set(hostile.TEXTS[:3]) <= set(problems) and any(text.startswith("<img src=x") for text in shown)
   assert any("\\u202egnp.exe\\u202c" in text and "\\x00nul" in text and "\\ud800" in text for text in shown)
   assert any(len(text) > 20_000 and "180,000 characters are not on this page" in text for text in shown)
   assert tab.evaluate("document.querySelectorAll('a[href^=javascript], [onerror], [onload]').length") == 0
+
+
+def test_hostile_names_do_nothing(tab, tmp_path):
+  bad = "; ".join(hostile.TEXTS[hostile.FIRST_NEW:])
+  for name, seed in (("a", 0), ("b", 1)):
+    runs_fixture.make_evaluation(
+        tmp_path / name, benchmarks={"x": bad}, seed=seed, n_problems=4, k=1, modes=("natural",),
+        problem_texts=("__proto__",), settings={"model.path": bad, f"data.{bad}": bad})
+    for path in (tmp_path / name / "responses" / "x.jsonl", tmp_path / name / "problems" / "x.jsonl"):
+      path.write_text(path.read_text().replace('"x/1"', '"__proto__"').replace('"x/2"', '"<svg onload=alert(1)>"'))
+  report.main([f"{bad}={tmp_path / 'a'}", str(tmp_path / "b"), f"--out={tmp_path / 'out'}", f"--title=clean {bad}"])
+  opened(tab, tmp_path / "out" / "index.html")
+  assert tab.evaluate("document.title").startswith("clean") and "owned'" in tab.evaluate("document.title")
+  assert tab.complaints == [] and len([url for url in tab.requests if not url.startswith("data:")]) == 1
+  assert len(heads(tab)) == 4
+  made = "iframe, svg, math, form[action], a:not([href^='#'])"
+  assert tab.evaluate(f'document.querySelectorAll("{made}").length') == 0
 
 
 def test_a_script_that_got_in_would_not_run(tab, html):
