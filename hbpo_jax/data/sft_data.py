@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from hbpo_jax.config import Config
-from hbpo_jax.data import pipeline, synthetic
+from hbpo_jax.data import modes, pipeline, synthetic
 from hbpo_jax.data.prompts import PromptBuilder
 from hbpo_jax.data.record import Problem
 from hbpo_jax.structs import Batch
@@ -20,8 +20,9 @@ class SftData:
 
   Synthetic problems get a new verbose trace each time they are drawn; a drawn budget sentence is one of all budgets
   with equal chance, whatever the trace's length: the model must know every sentence before HBPO forces them on it,
-  and is not to obey them yet. Other problems bring their worked response (`SOLUTION_FIELDS`); they get the smallest
-  budget that holds it, or the largest.
+  and is not to obey them yet. With data.synthetic.traces=modes, each time in a mode drawn anew (`data.modes`), they get
+  the smallest budget that holds the trace, or the largest. So do other problems, which bring their worked response
+  (`SOLUTION_FIELDS`).
 
   n_dropped: problems left out because the prompt or the response has no room.
   """
@@ -83,7 +84,9 @@ class SftData:
 
   def _completion(self, problem: Problem, given: list[int], rng: np.random.Generator) -> list[int]:
     opens = rng.random() < self._cfg.sft.budget_share
-    if self._synthetic:
+    if self._synthetic and self._cfg.data.synthetic.traces == "modes":
+      given = self._in_some_mode(problem, rng)
+    elif self._synthetic:
       opening = self._budget_rows[self._budgets[rng.integers(len(self._budgets))]] if opens else []
       low, high = synthetic.verbose_range(self._width)
       # Drawn anew for every trace and never from the level: the warm start must be long everywhere.
@@ -92,6 +95,12 @@ class SftData:
     opening = self._budget_rows[self._holding_budget(len(given))] if opens else []
     # A sentence that has no room is left out, rather than the end of the response.
     return opening + given if len(opening) + len(given) <= self._width else given
+
+  def _in_some_mode(self, problem: Problem, rng: np.random.Generator) -> list[int]:
+    task = self._cfg.data.synthetic
+    low, high = synthetic.verbose_range(self._width)
+    mode, target = modes.draw(task, rng), int(rng.integers(low, high + 1))
+    return self._builder.encode_response(modes.trace(task, problem, mode, rng, target))
 
   def _holding_budget(self, n_tokens: int) -> int:
     for budget in self._budgets:
@@ -110,12 +119,14 @@ class SftData:
         f"Problem {problem.id!r} has no worked response; supervised training needs the field 'solution' (or 'response')"
         " in every line of data.source.")
 
-  def _check_room(self, level: int) -> None:
+  def _check_room(self, n_operations: int) -> None:
     longest_opening = max(len(row) for row in self._budget_rows.values())
+    in_modes = self._cfg.data.synthetic.traces == "modes"
+    least = modes.n_tokens("check", n_operations) if in_modes else synthetic.minimal_tokens(n_operations)
     # The nearest whole number of re-checks may overshoot the target by half of one.
     _, high = synthetic.verbose_range(self._width)
-    needed = max(synthetic.minimal_tokens(level) + longest_opening, high + synthetic.TOKENS_PER_RECHECK // 2)
+    needed = max(least + longest_opening, high + (synthetic.TOKENS_PER_RECHECK + in_modes) // 2)
     if needed > self._width:
       raise ValueError(
-          f"reward.max_response_tokens={self._width} has no room for level-{level} traces with a budget sentence, which"
-          f" need {needed} tokens; raise it, or lower data.synthetic.max_level.")
+          f"reward.max_response_tokens={self._width} has no room for traces of {n_operations} operations with a budget "
+          f"sentence, which need {needed} tokens; raise it, or lower data.synthetic.max_level.")

@@ -119,6 +119,6 @@ def test_an_opened_think_of_the_response_is_not_repeated(builder, word_tokenizer
 def test_problems_without_response_and_tasks_without_room_are_refused(builder, tiny_cfg, change):
   with pytest.raises(ValueError, match=r"Problem 'a' has no worked response"):
     SftData([Problem("a", "3 +4", "0", "mine")], builder, tiny_cfg)
-  with pytest.raises(ValueError, match=r"reward.max_response_tokens=28 has no room for level-8 traces.*29 tokens"):
+  with pytest.raises(ValueError, match=r"reward.max_response_tokens=28 has no room for traces of 8 operations.*29 tokens"):
     SftData(synthetic.problems(tiny_cfg.data.synthetic, 0, "train", 50), builder,
             change(tiny_cfg, reward={"max_response_tokens": 28}))
