@@ -15,6 +15,7 @@ from typing import NoReturn
 from hbpo_jax import flags
 from hbpo_jax.files import atomic_write_bytes, atomic_write_text
 from hbpo_jax.reporting import page, runs, sample_view
+from hbpo_jax.studies import writeup
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,9 +35,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   parser = _Parser(prog="python -m hbpo_jax.report", allow_abbrev=False, description=(
       "Make one self-contained page, with Markdown, LaTeX tables and figures, from training runs and evaluations."))
   parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help=(
-      "directory of a training run (with its evaluations) or of an evaluation; NAME is what the report calls it"))
+      "directory of a training run (with its evaluations), of an evaluation, or of a study; NAME is what the report "
+      "calls it"))
   parser.add_argument("--out", required=True, metavar="DIR", help=(
-      "where index.html, report.md, tables.tex and plots/ go; what is there by these names is replaced"))
+      "where index.html, report.md, tables.tex and plots/ go, or of a study NAME.md, NAME.json and NAME_*.png; what is "
+      "there by these names is replaced"))
   parser.add_argument("--title", default="", help="heading of the report (default: the runs' names)")
   parser.add_argument("--samples", type=int, default=sample_view.MOST, metavar="N", help=(
       "most pairs of problem and mode whose responses are on the page (default: %(default)s)"))
@@ -54,6 +57,8 @@ def write(arguments: argparse.Namespace) -> list[pathlib.Path]:
   out = pathlib.Path(arguments.out).expanduser()
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={arguments.out} is a file; give a directory, which is made if it is missing.")
+  if studied := [p for p in arguments.runs if writeup.is_study(pathlib.Path(p.partition("=")[2] or p).expanduser())]:
+    return _write_study(studied, out)
   found = runs.read_all(arguments.runs)
   if mine := [run for run in found if run.path.resolve() == out.resolve()]:
     raise ValueError(
@@ -70,6 +75,17 @@ def write(arguments: argparse.Namespace) -> list[pathlib.Path]:
     written.append(out / name)
     atomic_write_text(written[-1], text)
   print(report.headline)
+  print(f"see {written[-1]}")
+  return written
+
+
+def _write_study(arguments: Sequence[str], out: pathlib.Path) -> list[pathlib.Path]:
+  """A study is written up alone: OUT/NAME.md, NAME.json and figures."""
+  if len(arguments) > 1:
+    raise ValueError(f"{arguments[0]} and {arguments[1]} are two studies; write up one at a time.")
+  name, equals, path = arguments[0].partition("=")
+  root = pathlib.Path(path if equals else name).expanduser()
+  written = writeup.write(root, name if equals else root.resolve().name, out)
   print(f"see {written[-1]}")
   return written
 

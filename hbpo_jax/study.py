@@ -1,0 +1,140 @@
+"""Compares methods over seeds at equal compute: warm starts, choice of learning rates, runs, evaluations.
+
+  python -m hbpo_jax.study --study=miniature/study --workdir=runs/miniature --jobs=2
+
+Each cell runs in a process of its own and ends in WORKDIR/cells/NAME.json. Running the same command again does what is
+left; `python -m hbpo_jax.report WORKDIR --out=DIR` writes up what is there.
+"""
+
+import argparse
+from collections.abc import Sequence
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import NoReturn
+
+from hbpo_jax import flags
+from hbpo_jax.studies import cell as cell_lib
+from hbpo_jax.studies import plan
+from hbpo_jax.studies.plan import Cell, Study
+
+_POLL_S = 0.5
+
+
+class _Parser(argparse.ArgumentParser):
+
+  def error(self, message: str) -> NoReturn:
+    raise ValueError(f"{message}; --help lists all arguments.")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  """The arguments: study, workdir, jobs, only, quick, list, traceback.
+
+  Raises:
+    ValueError: when they are not understood.
+    SystemExit: 0 after --help.
+  """
+  parser = _Parser(prog="python -m hbpo_jax.study", allow_abbrev=False, description=(
+      "Compare methods over seeds at equal compute; every cell ends in a JSON file, and a study goes on where it stopped."))
+  parser.add_argument("--study", default="miniature/study", help="file or name of the study (default: %(default)s)")
+  parser.add_argument("--workdir", required=True, metavar="DIR", help="where cells/, runs/ and logs/ go")
+  parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), metavar="N", help=(
+      "cells at once, each on its share of the cores (default: one per core, %(default)s)"))
+  parser.add_argument("--only", default="", metavar="METHOD,...", help="methods to run (default: all)")
+  parser.add_argument("--quick", action="store_true", help="main methods, one seed, no choice of learning rates")
+  parser.add_argument("--list", action="store_true", help="print the cells and which of them are done, and stop")
+  parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+  return parser.parse_args(argv)
+
+
+def run(study: Study, cells: Sequence[Cell], root: pathlib.Path, arguments: argparse.Namespace) -> list[str]:
+  """Runs what is left of the cells, `jobs` at a time; returns the names of those that failed or could not start."""
+  left = [c for c in cells if not cell_lib.path_of(root, c.name).is_file()]
+  n_left, failed = len(left), []
+  print(f"{len(cells)} cells, {len(cells) - n_left} done before", flush=True)
+  running: dict[int, tuple[Cell, subprocess.Popen, float]] = {}
+  while left or running:
+    for slot in range(arguments.jobs):
+      ready = next((c for c in left if all(cell_lib.path_of(root, n).is_file() for n in c.after)), None)
+      if slot not in running and ready is not None:
+        left.remove(ready)
+        running[slot] = (ready, _start(ready, root, arguments, slot), time.monotonic())
+    if not running:
+      break  # What is left needs a cell that failed.
+    time.sleep(_POLL_S)
+    for slot, (cell, process, since) in list(running.items()):
+      if process.poll() is None:
+        continue
+      del running[slot]
+      done = process.returncode == 0 and cell_lib.path_of(root, cell.name).is_file()
+      if not done:
+        failed.append(cell.name)
+      print(f"{cell.name}: {_say(root, cell) if done else f'failed, see {_log(root, cell)}'} "
+            f"({time.monotonic() - since:.0f} s; {len(left) + len(running)} cells left)", flush=True)
+  return failed + [c.name for c in left]
+
+
+def _start(cell: Cell, root: pathlib.Path, arguments: argparse.Namespace, slot: int) -> subprocess.Popen:
+  cores = sorted(os.sched_getaffinity(0))
+  share = cores[slot % len(cores)::arguments.jobs] or [cores[slot % len(cores)]]
+  log = _log(root, cell)
+  log.parent.mkdir(parents=True, exist_ok=True)
+  command = [sys.executable, "-m", "hbpo_jax.studies.cell", arguments.study, cell.name, str(root)]
+  with log.open("ab") as output:
+    return subprocess.Popen(
+        command + ["--quick"] * arguments.quick, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        env={"JAX_PLATFORMS": "cpu", **os.environ}, preexec_fn=lambda: os.sched_setaffinity(0, share))
+
+
+def _log(root: pathlib.Path, cell: Cell) -> pathlib.Path:
+  return root / "logs" / f"{cell.name}.txt"
+
+
+def _say(root: pathlib.Path, cell: Cell) -> str:
+  content = cell_lib.read(root, cell.name)
+  natural = content["modes"]["natural"]
+  return (f"accuracy {100 * natural['accuracy']:.1f} %, {natural['tokens']:.1f} tokens, learning rate "
+          f"{content['learning_rate']:g}, {content['cpu_s'] / 60:.1f} CPU-minutes")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command.
+
+  Raises:
+    SystemExit: 0 after --help, 1 when a cell failed, 2 after an error of the user's.
+  """
+  arguments = parse(list(sys.argv[1:] if argv is None else argv))
+  if arguments.jobs < 1:
+    raise ValueError(f"--jobs={arguments.jobs} runs nothing; give at least 1.")
+  root = pathlib.Path(arguments.workdir).expanduser()
+  study = plan.load(arguments.study)
+  study = plan.quick(study) if arguments.quick else study
+  cells = plan.cells(study, [name for name in arguments.only.split(",") if name])
+  if arguments.list:
+    for c in cells:
+      print(f"{'done' if cell_lib.path_of(root, c.name).is_file() else 'to do'}\t{c.name}")
+    return
+  for c in cells:  # Every setting is refused here, before any time is spent.
+    plan.settings(study, c, root, c.rate)
+  if failed := run(study, cells, root, arguments):
+    print(f"error: {len(failed)} cells are missing: {', '.join(failed)}; mend what their logs say and run this again.",
+          file=sys.stderr)
+    sys.exit(1)
+
+
+def cli(argv: Sequence[str] | None = None) -> None:
+  """Runs the command with these arguments; None means the process's."""
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  try:
+    main(arguments)
+  except (ValueError, OSError) as error:
+    if not flags.is_meant_for_user(error) or flags.wants_traceback(arguments):
+      raise
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  cli()
