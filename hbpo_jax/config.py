@@ -58,7 +58,10 @@ class SyntheticConfig:
       "verbose", "Worked responses of the warm start: verbose (long at every level), or modes (guess, skim, work and "
       "check, which differ in length and in how often they are right).")
   mode_shares: tuple[int, ...] = setting(
-      (10, 30, 30, 30), "With traces=modes, percentages of traces that guess, skim, work and check.")
+      (5, 5, 10, 80), "With traces=modes, percentages of the traces without a budget sentence that guess, skim, work and "
+      "check.")
+  budget_mode_shares: tuple[int, ...] = setting(
+      (10, 40, 30, 20), "The same of the traces that open with a budget sentence.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +286,8 @@ class SftConfig:
   learning_rate: float = setting(3e-3, "Peak learning rate; cosine decay, 5 % warm-up.")
   weight_decay: float = setting(0.0, "AdamW decoupled weight decay.")
   budget_share: float = setting(0.5, "Share of traces that open with a budget sentence.")
+  stated_share: float = setting(
+      1.0, "Share of these whose budget sentence carries loss, so that the model learns to state it unasked.")
   hidden_size: int = setting(128, "Width of the new model.")
   n_layers: int = setting(2, "Layers of the new model.")
   n_heads: int = setting(4, "Query heads of the new model.")

@@ -96,7 +96,7 @@ _INTERVALS = {
     "eval.best_min_accuracy": _FRACTION,
     "sft.learning_rate": _POSITIVE,
     "sft.weight_decay": _NOT_NEGATIVE,
-    "sft.budget_share": _FRACTION,
+    "sft.budget_share": _FRACTION, "sft.stated_share": _FRACTION,
 }
 
 
@@ -315,9 +315,10 @@ def _check_rest(cfg: config.Config) -> None:
            f"is below config.data.synthetic.min_level={synthetic.min_level}", "raise it")
   prime = all(synthetic.modulus % d for d in range(2, math.isqrt(synthetic.modulus) + 1))
   _require(prime, cfg, "data.synthetic.modulus", "is not a prime", "choose a prime such as 7")
-  shares = synthetic.mode_shares
-  _require(len(shares) == 4 and min(shares) >= 0 and sum(shares) > 0, cfg, "data.synthetic.mode_shares",
-           "does not give each of the four modes its share", "give four percentages such as 10,30,30,30")
+  for field in ("mode_shares", "budget_mode_shares"):
+    shares = getattr(synthetic, field)
+    _require(len(shares) == 4 and min(shares) >= 0 and sum(shares) > 0, cfg, f"data.synthetic.{field}",
+             "does not give each of the four modes its share", "give four percentages such as 10,30,30,30")
   updates = cfg.steps * cfg.learner.minibatches
   _require(cfg.optimizer.warmup_updates <= updates, cfg, "optimizer.warmup_updates",
            f"exceeds the run's {updates} updates", "lower it")

@@ -115,6 +115,7 @@ REAL_CASES = [
     ("eval.temperature", (-1.0, NAN), (0.0,)), ("eval.top_p", (0.0, 1.1, NAN), (1.0,)),
     ("sft.learning_rate", (0.0, NAN), (0.1,)), ("sft.weight_decay", (-1.0, NAN), (0.0,)),
     ("sft.budget_share", (-0.1, 1.1, NAN), (0.0, 1.0)),
+    ("sft.stated_share", (-0.1, 1.1, NAN), (0.0, 1.0)),
 ]  # fmt: skip
 
 

@@ -6,8 +6,9 @@ Command:  make miniature, or one run:
             --config.model.path=runs/miniature_1/warmstart/export
 Expect:   see docs/miniature.md.
 
-Levels 1 to 6 are 1, 2, 3, 5, 7 and 10 operations modulo 5. `hbpo_jax.data.modes` describes the modes; L_max is 1.5 times
-the longest response that works out every step once.
+Levels 1 to 6 are 1, 2, 3, 5, 7 and 10 operations modulo 5. `hbpo_jax.data.modes` describes the modes; L_max is 1.8 times
+the longest response that works out every step once. Unasked, the warm start checks everything; where it states a budget, or
+is given one, it also knows the shorter modes.
 """
 
 from hbpo_jax import config
@@ -26,7 +27,8 @@ def get_config():
   cfg.data.synthetic.min_level = 1
   cfg.data.synthetic.max_level = 6
   cfg.data.synthetic.traces = "modes"
-  cfg.data.synthetic.mode_shares = (15, 45, 20, 20)
+  cfg.data.synthetic.mode_shares = (4, 6, 10, 80)
+  cfg.data.synthetic.budget_mode_shares = (10, 45, 25, 20)
   cfg.data.synthetic.n_problems = 65536
   cfg.data.max_prompt_tokens = 16
   cfg.prompt.instruction = ""
@@ -36,13 +38,14 @@ def get_config():
   cfg.sft.steps = 3000
   cfg.sft.rows = 32
   cfg.sft.learning_rate = 2e-3
-  cfg.sft.budget_share = 0.5
+  cfg.sft.budget_share = 0.6
+  cfg.sft.stated_share = 0.15
   cfg.sft.n_layers = 3
 
   cfg.rollout.queries = 32
   cfg.rollout.rollouts_per_query = 16
   cfg.rollout.budgets = (8, 16, 32, 64)
-  cfg.reward.max_response_tokens = 72
+  cfg.reward.max_response_tokens = 80
 
   cfg.optimizer.learning_rate = 1.5e-4
   cfg.optimizer.schedule = "linear"

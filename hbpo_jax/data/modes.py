@@ -5,13 +5,17 @@ The first word of a response names its mode, so one token decides how long to th
     guess   "guess </think> \\boxed{0}"                          no work shown
     skim    "skim +4 *2 = 0 -1 = 6 </think> \\boxed{6}"          two operations to a statement
     work    "work 3 +4 = 0 0 *2 = 0 0 -1 = 6 ..."               one operation to a statement
-    check   as work, with steps stated again ("wait 3 +4 = 0") up to a target length that the level does not decide;
-            a step stated wrongly is always stated again, rightly
+    check   as work, with steps stated again ("wait 3 +4 = 0") up to a target length that the level does not decide
 
-A small model carries out one operation of a written statement almost without fault, two at once less surely, and a whole
-chain only where it is short. So what a mode costs in accuracy grows with the level, and which mode is the cheapest that
-will do depends on the problem: length buys accuracy where problems are hard, and nothing where they are easy.
+What a mode costs in accuracy grows with the level, so that length buys accuracy where problems are hard, and nothing
+where they are easy. A small model can guess short chains only. Who skims takes a fixed share of the pairs of operations
+for something else, always the same (`SKIM_ERRORS`): as with a misconception, practice does not end it. Who works slips
+now and then (`SLIPS`), at any step, and goes on from the wrong value; who checks slips as often, but has stated that step
+again rightly before the next.
 """
+
+from collections.abc import Sequence
+import hashlib
 
 import numpy as np
 
@@ -22,13 +26,16 @@ from hbpo_jax.data.record import Problem
 MODES = ("guess", "skim", "work", "check")
 RECHECK = synthetic.RECHECK_WORDS[0]
 PER_SKIM = 2  # operations in a statement of `skim`
-ERROR_SHARE = 0.05  # of the steps that `check` states again, those stated wrongly at first
+SKIM_ERRORS = 0.06  # share of (value, operation, operation) that skimming gets wrong
+SLIPS = 0.01  # share of the steps of `work`, and of those that `check` states again, that are wrong at first
 _TOKENS_OF_STEP = 4  # value, operation, "=", result
 
 
-def draw(cfg: SyntheticConfig, rng: np.random.Generator) -> str:
-  """A mode, drawn with cfg.mode_shares; never from the problem."""
-  return MODES[rng.choice(len(MODES), p=np.array(cfg.mode_shares) / sum(cfg.mode_shares))]
+def draw(cfg: SyntheticConfig, rng: np.random.Generator, *, states_budget: bool) -> str:
+  """A mode, drawn with cfg.budget_mode_shares where the response states a budget, else mode_shares; never from the
+  problem."""
+  shares = np.array(cfg.budget_mode_shares if states_budget else cfg.mode_shares)
+  return MODES[rng.choice(len(MODES), p=shares / shares.sum())]
 
 
 def trace(cfg: SyntheticConfig, problem: Problem, mode: str, rng: np.random.Generator, target_tokens: int) -> str:
@@ -38,28 +45,27 @@ def trace(cfg: SyntheticConfig, problem: Problem, mode: str, rng: np.random.Gene
     cfg: for the modulus.
     problem: a synthetic problem.
     mode: one of MODES.
-    rng: decides which steps `check` states again, and its errors.
+    rng: decides which steps `check` states again, and the slips.
     target_tokens: length that `check` comes nearest to, EOS included; the other modes have one length.
   Returns:
-    The text that follows the opening `<think>`: the mode's name, statements, `</think>`, boxed answer.
+    The text that follows the opening `<think>`: the mode's name, statements, `</think>`, and the boxed answer that they
+    lead to, which a skimmed pair or a slip may have made wrong.
   Raises:
     ValueError: when the mode does not exist.
   """
-  worked = synthetic.steps(problem.problem, cfg.modulus)
+  start, *operations = problem.problem.split()
   match mode:
     case "guess":
-      statements = []
+      statements, answer = [], synthetic.steps(problem.problem, cfg.modulus)[-1][2]
     case "skim":
-      statements = [
-          " ".join([*(f"{operator}{operand}" for operator, operand, _ in part), "=", str(part[-1][2])])
-          for part in (worked[i:i + PER_SKIM] for i in range(0, len(worked), PER_SKIM))]
+      statements, answer = _skimmed(int(start), operations, cfg.modulus)
     case "work":
-      statements = [_step(*step) for step in _with_values(problem, worked)]
+      statements, answer = _worked(int(start), operations, cfg.modulus, rng)
     case "check":
-      statements = _checked(cfg, _with_values(problem, worked), rng, target_tokens)
+      statements, answer = _checked(int(start), operations, cfg.modulus, rng, target_tokens)
     case _:
       raise ValueError(f"mode={mode!r} of the synthetic task does not exist; choose one of {MODES}.")
-  return " ".join([mode, *statements, synthetic.THINK_CLOSE, f"\\boxed{{{worked[-1][2]}}}"])
+  return " ".join([mode, *statements, synthetic.THINK_CLOSE, f"\\boxed{{{answer}}}"])
 
 
 def n_tokens(mode: str, n_operations: int) -> int:
@@ -75,26 +81,55 @@ def n_tokens(mode: str, n_operations: int) -> int:
   return 1 + body + synthetic.TOKENS_OF_ENDING
 
 
-def _with_values(problem: Problem, worked: list[tuple[str, int, int]]) -> list[tuple[int, str, int, int]]:
-  """(value before, operator, operand, result) of every step."""
-  before = [int(problem.problem.split()[0]), *(result for _, _, result in worked)]
-  return [(value, *step) for value, step in zip(before, worked)]
+def is_misread(value: int, operations: Sequence[str], modulus: int) -> bool:
+  """Whether skimming gets this pair of operations wrong: SKIM_ERRORS of all, by a hash; never a single operation."""
+  return len(operations) == PER_SKIM and _hash(value, operations, modulus) % 10_000 < 10_000 * SKIM_ERRORS
 
 
-def _step(value: int, operator: str, operand: int, result: int) -> str:
-  return f"{value} {operator}{operand} = {result}"
+def _hash(value: int, operations: Sequence[str], modulus: int) -> int:
+  text = f"{modulus} {value} {' '.join(operations)}"
+  return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _result(value: int, operations: Sequence[str], modulus: int) -> int:
+  return synthetic.steps(" ".join([str(value), *operations]), modulus)[-1][2]
+
+
+def _other(value: int, offset: int, modulus: int) -> int:
+  """A value that is not `value`."""
+  return (value + 1 + offset % (modulus - 1)) % modulus
+
+
+def _skimmed(value: int, operations: Sequence[str], modulus: int) -> tuple[list[str], int]:
+  statements = []
+  for i in range(0, len(operations), PER_SKIM):
+    part = operations[i:i + PER_SKIM]
+    before, value = value, _result(value, part, modulus)
+    if is_misread(before, part, modulus):
+      value = _other(value, _hash(before, part, modulus) >> 16, modulus)
+    statements.append(f"{' '.join(part)} = {value}")
+  return statements, value
+
+
+def _worked(value: int, operations: Sequence[str], modulus: int, rng: np.random.Generator) -> tuple[list[str], int]:
+  statements = []
+  for operation in operations:
+    before, value = value, _result(value, [operation], modulus)
+    if rng.random() < SLIPS:
+      value = _other(value, int(rng.integers(modulus)), modulus)
+    statements.append(f"{before} {operation} = {value}")
+  return statements, value
 
 
 def _checked(
-    cfg: SyntheticConfig, steps: list[tuple[int, str, int, int]], rng: np.random.Generator, target_tokens: int,
-) -> list[str]:
-  spare = target_tokens - n_tokens("check", len(steps))
+    value: int, operations: Sequence[str], modulus: int, rng: np.random.Generator, target_tokens: int,
+) -> tuple[list[str], int]:
+  spare = target_tokens - n_tokens("check", len(operations))
   n_rechecks = max(0, round(spare / (_TOKENS_OF_STEP + 1)))
   statements = []
-  for (value, operator, operand, result), n in zip(
-      steps, rng.multinomial(n_rechecks, [1 / len(steps)] * len(steps)), strict=True):
-    right = _step(value, operator, operand, result)
-    errs = n > 0 and rng.random() < ERROR_SHARE
-    wrong = (result + int(rng.integers(1, cfg.modulus))) % cfg.modulus
-    statements += [_step(value, operator, operand, wrong) if errs else right, *[f"{RECHECK} {right}"] * n]
-  return statements
+  for operation, n in zip(operations, rng.multinomial(n_rechecks, [1 / len(operations)] * len(operations)), strict=True):
+    before, value = value, _result(value, [operation], modulus)
+    slips = n > 0 and rng.random() < SLIPS
+    stated = _other(value, int(rng.integers(modulus)), modulus) if slips else value
+    statements += [f"{before} {operation} = {stated}", *[f"{RECHECK} {before} {operation} = {value}"] * n]
+  return statements, value

@@ -163,7 +163,7 @@ def _counts(values: np.ndarray) -> dict[str, int]:
 
 def _dynamics(folder: pathlib.Path) -> dict[str, list[float | None]]:
   rows = read_rows(folder / "metrics.jsonl")
-  names = [name for name in rows[0] if name.rpartition("/")[2] in DYNAMICS] if rows else []
+  names = [n for n in rows[0] if n.rpartition("/")[2] in DYNAMICS and not n.startswith("eval/")] if rows else []
   return {name: [row.get(name) for row in rows] for name in ["step", *names]}
 
 
