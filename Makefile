@@ -9,7 +9,6 @@
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 WORKERS ?= 2
-SEEDS ?= 0 1 2
 RUNS ?= runs
 
 new_enough = import sys; sys.exit(sys.version_info < (3, 11))
@@ -55,12 +54,9 @@ quickstart: $(VENV)/.runtime  ## Warm start, HBPO, the before/after table and a 
 	JAX_PLATFORMS=cpu $(BIN)/hbpo train --config=quickstart --workdir=$(RUNS)/quickstart
 	JAX_PLATFORMS=cpu $(BIN)/hbpo report $(RUNS)/quickstart --out=$(RUNS)/quickstart/report
 
-miniature: $(VENV)/.runtime  ## The quickstart on SEEDS (default: 0 1 2), each with its own warm start, and its tables.
-	@for seed in $(SEEDS); do \
-	  JAX_PLATFORMS=cpu $(BIN)/hbpo train --config=quickstart --workdir=$(RUNS)/miniature/seed_$$seed \
-	    --config.seed=$$seed || exit 1; \
-	done
-	@for seed in $(SEEDS); do echo "seed $$seed"; cat $(RUNS)/miniature/seed_$$seed/summary.md; echo; done
+miniature: $(VENV)/.runtime  ## The study of the claims (ARGS=--quick: half an hour) and its write-up (RUNS/miniature/report).
+	JAX_PLATFORMS=cpu $(BIN)/hbpo study --workdir=$(RUNS)/miniature $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/hbpo report $(RUNS)/miniature --out=$(RUNS)/miniature/report
 
 test: $(VENV)/.test  ## The tests, without the slow ones.
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)

@@ -65,10 +65,11 @@ COMMANDS: dict[str, Command] = {
         "Grade the responses of an evaluation again, without the model, and say where the verdicts differ.",
         ("reward.grader", "reward.form", "reward.max_response_tokens", "grading.workers", "grading.cpu_seconds")),
     "report": Command(
-        "Make one self-contained page, with Markdown, LaTeX tables and figures, from training runs and evaluations.",
+        "Make one self-contained page, with Markdown, LaTeX tables and figures, from training runs and evaluations; or "
+        "write up a study.",
         options=(
-            Option("out", "DIR", "Where index.html, report.md, tables.tex and plots/ go, in place of earlier ones.",
-                   "directory"),
+            Option("out", "DIR", "Where index.html, report.md, tables.tex and plots/ go, or of a study NAME.md, "
+                   "NAME.json and NAME_*.png, in place of earlier ones.", "directory"),
             Option("title", "TEXT", "Heading of the report; default: the runs' names."),
             Option("samples", "N", "Most pairs of problem and mode whose responses are on the page; default: 200."),
             Option("traceback", "", "Show where an error was raised.")),
@@ -100,6 +101,17 @@ COMMANDS: dict[str, Command] = {
                 "Assumed mean length of a prompt; default: a quarter of data.max_prompt_tokens."),
          Option("jobs", "N", "Programs compiled at a time; default: 1.")),
         needs_workdir=False),
+    "study": Command(
+        "Compare methods over seeds at equal compute; the same command again does what is left.",
+        options=(
+            Option("study", "NAME_OR_FILE", "The study; default: miniature/study.", "file"),
+            Option("workdir", "DIR", "Where cells/, runs/ and logs/ go; `report DIR` writes them up.", "directory"),
+            Option("jobs", "N", "Cells at once, each on its share of the cores; default: one per core."),
+            Option("only", "METHOD,...", "Methods to run; default: all."),
+            Option("quick", "", "The main methods with one seed, without a choice of learning rates."),
+            Option("list", "", "Print the cells and which of them are done, and stop."),
+            Option("traceback", "", "Show where an error was raised.")),
+        arguments="--workdir=DIR"),
     "doctor": Command(
         "Compare the sampler's log-probabilities with the trainer's, and say what is wrong.",
         ("model.path", "model.compute_dtype", "data.source", "rollout.budgets", "rollout.temperature",

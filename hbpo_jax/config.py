@@ -53,6 +53,16 @@ class SyntheticConfig:
   max_level: int = setting(8, "Most operations of a synthetic problem.")
   modulus: int = setting(7, "All arithmetic is modulo this prime.")
   n_problems: int = setting(4096, "Size of the generated training set.")
+  operations: tuple[int, ...] = setting(
+      (), "Operations of the problems of each level, from level 1 on; () means that level K has K.")
+  traces: str = setting(
+      "verbose", "Worked responses of the warm start: verbose (long at every level), or modes (guess, skim, work and "
+      "check, which differ in length and in how often they are right).")
+  mode_shares: tuple[int, ...] = setting(
+      (5, 5, 10, 80), "With traces=modes, percentages of the traces without a budget sentence that guess, skim, work "
+      "and check.")
+  budget_mode_shares: tuple[int, ...] = setting(
+      (10, 40, 30, 20), "The same of the traces that open with a budget sentence.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,9 +300,10 @@ class EvalConfig:
   max_new_tokens: int = setting(0, "Longest response; 0 means reward.max_response_tokens.")
   max_context: int = setting(
       32768, "evaluate: most tokens of prompt and response together; the model's own limit, where that is less.")
-  mode: str = setting("natural", "Training's evaluations: natural, efficiency, or a budget number.")
+  mode: str = setting("natural", "Training's evaluations: natural, efficiency, a budget number, or say:TEXT.")
   modes: tuple[str, ...] = setting(
-      ("natural",), "evaluate: natural, efficiency, budget numbers, or 'budgets' for each of rollout.budgets.")
+      ("natural",), "evaluate: natural, efficiency, budget numbers, 'budgets' for each of rollout.budgets, or say:TEXT "
+      "to force any other opening.")
   benchmarks: tuple[str, ...] = setting(
       (), "evaluate: names such as gsm8k,math500,olympiadbench,aime25, 'synthetic', or JSON Lines files.")
   limit: int = setting(0, "evaluate: the first problems of each benchmark; 0 means all.")
@@ -317,6 +328,8 @@ class SftConfig:
   learning_rate: float = setting(3e-3, "Peak learning rate; cosine decay, 5 % warm-up.")
   weight_decay: float = setting(0.0, "AdamW decoupled weight decay.")
   budget_share: float = setting(0.5, "Share of traces that open with a budget sentence.")
+  stated_share: float = setting(
+      1.0, "Share of these whose budget sentence carries loss, so that the model learns to state it unasked.")
   hidden_size: int = setting(128, "Width of the new model.")
   n_layers: int = setting(2, "Layers of the new model.")
   n_heads: int = setting(4, "Query heads of the new model.")

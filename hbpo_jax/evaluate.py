@@ -18,7 +18,6 @@ import jax
 
 from hbpo_jax import assemble, distributed
 from hbpo_jax.config import Config
-from hbpo_jax.data.prompts import EFFICIENCY, NATURAL
 from hbpo_jax.evaluation import benchmarks as benchmarks_lib
 from hbpo_jax.evaluation import output
 from hbpo_jax.evaluation.runner import Runner
@@ -32,7 +31,7 @@ def modes_of(cfg: Config) -> tuple[str, ...]:
   found: dict[str, None] = {}
   for mode in cfg.eval.modes:
     for one in map(str, cfg.rollout.budgets) if mode == "budgets" else [mode]:
-      found[one if one in (NATURAL, EFFICIENCY) else str(int(one))] = None
+      found[str(int(one)) if one.isdecimal() else one] = None
   return tuple(found)
 
 

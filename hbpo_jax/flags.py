@@ -224,6 +224,24 @@ def config_names() -> list[str]:
   return sorted(p.stem for p in configs_dir().glob("*.py") if not p.stem.startswith("_"))
 
 
+def config_path(source: str, option: str = "--config") -> pathlib.Path:
+  """The file of a config's name or path.
+
+  Raises:
+    FileNotFoundError: when there is no such file or name; lists the names.
+  """
+  # A name with a folder is found as well, but not listed: studies bring their own.
+  shipped = configs_dir() / f"{source}.py"
+  path = shipped if source and not source.startswith(("/", ".")) and shipped.is_file() else pathlib.Path(
+      source).expanduser()
+  if not path.is_file():
+    near = difflib.get_close_matches(path.stem, config_names(), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise FileNotFoundError(
+        f"{option}={source} is neither a file nor a shipped config; {hint}shipped: {', '.join(config_names())}.")
+  return path
+
+
 def load_config(source: str) -> config_dict.ConfigDict:
   """The ConfigDict of a config file, as its `get_config()` returns it.
 
@@ -233,12 +251,7 @@ def load_config(source: str) -> config_dict.ConfigDict:
     FileNotFoundError: when there is no such file or name; lists the names.
     ValueError: when the file fails or returns something else; names the line.
   """
-  path = configs_dir() / f"{source}.py" if source in config_names() else pathlib.Path(source).expanduser()
-  if not path.is_file():
-    near = difflib.get_close_matches(path.stem, config_names(), n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise FileNotFoundError(
-        f"--config={source} is neither a file nor a shipped config; {hint}shipped: {', '.join(config_names())}.")
+  path = config_path(source)
   try:
     cd = runpy.run_path(str(path))["get_config"]()
   except (AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError, ValueError) as error:

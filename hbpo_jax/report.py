@@ -17,6 +17,7 @@ import sys
 
 from hbpo_jax.files import atomic_write_bytes, atomic_write_text
 from hbpo_jax.reporting import page, runs, sample_view
+from hbpo_jax.studies import writeup
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -43,6 +44,8 @@ def write(arguments: argparse.Namespace) -> list[pathlib.Path]:
   out = pathlib.Path(arguments.out).expanduser()
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={arguments.out} is a file; give a directory, which is made if it is missing.")
+  if studied := [p for p in arguments.runs if writeup.is_study(pathlib.Path(p.partition("=")[2] or p).expanduser())]:
+    return _write_study(studied, out)
   found = runs.read_all(arguments.runs)
   if mine := [run for run in found if run.path.resolve() == out.resolve()]:
     raise ValueError(
@@ -59,6 +62,17 @@ def write(arguments: argparse.Namespace) -> list[pathlib.Path]:
     written.append(out / name)
     atomic_write_text(written[-1], text)
   print(report.headline)
+  print(f"see {written[-1]}")
+  return written
+
+
+def _write_study(arguments: Sequence[str], out: pathlib.Path) -> list[pathlib.Path]:
+  """A study is written up alone: OUT/NAME.md, NAME.json and figures."""
+  if len(arguments) > 1:
+    raise ValueError(f"{arguments[0]} and {arguments[1]} are two studies; write up one at a time.")
+  name, equals, path = arguments[0].partition("=")
+  root = pathlib.Path(path if equals else name).expanduser()
+  written = writeup.write(root, name if equals else root.resolve().name, out)
   print(f"see {written[-1]}")
   return written
 

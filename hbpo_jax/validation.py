@@ -29,6 +29,7 @@ CHOICES = {
     "advantage.intra_scale": ("none", "std"),
     "advantage.intra_gate": ("none", "solved", "rate"),
     "loss.kl_estimator": ("k1", "k2", "k3"),
+    "data.synthetic.traces": ("verbose", "modes"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.first_moment_dtype": ("float32", "bfloat16"),
     "optimizer.second_moment": ("full", "factored"),
@@ -112,7 +113,7 @@ _INTERVALS = {
     "eval.best_min_accuracy": _FRACTION,
     "sft.learning_rate": _POSITIVE,
     "sft.weight_decay": _NOT_NEGATIVE,
-    "sft.budget_share": _FRACTION,
+    "sft.budget_share": _FRACTION, "sft.stated_share": _FRACTION,
 }
 
 
@@ -156,14 +157,16 @@ def validate_evaluation(cfg: config.Config, *, n_devices: int) -> None:
   _check_devices(cfg, n_devices)
   _require(bool(cfg.eval.benchmarks), cfg, "eval.benchmarks", "names nothing to evaluate on",
            "give --config.benchmarks=gsm8k,math500 or JSON Lines files")
-  _require(bool(cfg.eval.modes), cfg, "eval.modes", "is empty", "give natural, efficiency, budgets, or numbers")
+  _require(bool(cfg.eval.modes), cfg, "eval.modes", "is empty",
+           "give natural, efficiency, budgets, numbers, or say:TEXT")
   for mode in cfg.eval.modes:
     _require(mode == "budgets" or _is_mode(mode), cfg, "eval.modes", f"has the mode {mode!r}, which does not exist",
-             "choose natural, efficiency, budgets, or budgets as numbers such as 1024")
+             "choose natural, efficiency, budgets, budgets as numbers such as 1024, or say:TEXT")
 
 
 def _is_mode(mode: str) -> bool:
-  return mode in ("natural", "efficiency") or (mode.isascii() and mode.isdigit() and int(mode) > 0)
+  says = mode.startswith("say:") and mode != "say:"
+  return mode in ("natural", "efficiency") or says or (mode.isascii() and mode.isdigit() and int(mode) > 0)
 
 
 def _check_each_alone(cfg: config.Config) -> None:
@@ -239,7 +242,7 @@ def _check_text(cfg: config.Config) -> None:
     _require(bool(sentence) or not any(m == "budgets" or m.isdigit() for m in modes), cfg, field,
              "asks for a budget sentence, and config.prompt.budget_sentence is empty", "choose natural or efficiency")
   _require(_is_mode(cfg.eval.mode), cfg, "eval.mode", "does not exist",
-           "choose natural, efficiency, or a budget such as 1024")
+           "choose natural, efficiency, a budget such as 1024, or say:TEXT")
   _require(cfg.data.source != "", cfg, "data.source", "is empty",
            "give 'synthetic', a JSON Lines file, or tfds:NAME")
   for field in ("data.source", "data.eval_source"):
@@ -325,6 +328,10 @@ def _check_rest(cfg: config.Config) -> None:
            f"is below config.data.synthetic.min_level={synthetic.min_level}", "raise it")
   prime = all(synthetic.modulus % d for d in range(2, math.isqrt(synthetic.modulus) + 1))
   _require(prime, cfg, "data.synthetic.modulus", "is not a prime", "choose a prime such as 7")
+  for field in ("mode_shares", "budget_mode_shares"):
+    shares = getattr(synthetic, field)
+    _require(len(shares) == 4 and min(shares) >= 0 and sum(shares) > 0, cfg, f"data.synthetic.{field}",
+             "does not give each of the four modes its share", "give four percentages such as 10,30,30,30")
   updates = cfg.steps * cfg.learner.minibatches
   _require(cfg.optimizer.warmup_updates <= updates, cfg, "optimizer.warmup_updates",
            f"exceeds the run's {updates} updates", "lower it")

@@ -124,6 +124,7 @@ REAL_CASES = [
     ("eval.temperature", (-1.0, NAN), (0.0,)), ("eval.top_p", (0.0, 1.1, NAN), (1.0,)),
     ("sft.learning_rate", (0.0, NAN), (0.1,)), ("sft.weight_decay", (-1.0, NAN), (0.0,)),
     ("sft.budget_share", (-0.1, 1.1, NAN), (0.0, 1.0)),
+    ("sft.stated_share", (-0.1, 1.1, NAN), (0.0, 1.0)),
 ]  # fmt: skip
 
 
@@ -284,7 +285,7 @@ def test_budget_sentence_has_a_place_for_the_budget():
 
 @pytest.mark.parametrize("mode", ["fast", "", "0", "-5", "1.5", "²"])
 def test_eval_mode(mode):
-  refuse(r"eval\.mode", "choose natural, efficiency, or a budget", eval__mode=mode)
+  refuse(r"eval\.mode", "choose natural, efficiency, a budget", eval__mode=mode)
 
 
 @pytest.mark.parametrize("mode", ["natural", "efficiency", "1024"])

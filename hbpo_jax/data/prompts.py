@@ -15,6 +15,7 @@ from hbpo_jax.structs import Prompts
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 NATURAL, EFFICIENCY = "natural", "efficiency"
+SAY = "say:"  # opens a mode that is any text
 
 # What a template's own expressions raise: it is a small program that came with the checkpoint.
 _TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
@@ -100,8 +101,8 @@ class PromptBuilder:
     """The forced opening that follows `<think>`, one row per subgroup.
 
     Args:
-      what: one mode or several, a subgroup each: 'natural' (nothing), 'efficiency', or a budget as a number or a
-        string of digits.
+      what: one mode or several, a subgroup each: 'natural' (nothing), 'efficiency', a budget as a number or a string
+        of digits, or 'say:TEXT' for any other opening.
     Returns:
       (prefix_GF int32 [G, F] right-padded with 0, n_prefix_G int32 [G]); F is 0 for 'natural' alone.
     Raises:
@@ -137,8 +138,11 @@ class PromptBuilder:
       return []
     if mode == EFFICIENCY:
       return self._encode_plain(self._cfg.efficiency_sentence)
+    if isinstance(mode, str) and mode.startswith(SAY):
+      return self._encode_plain(mode.removeprefix(SAY))
     if isinstance(mode, str) and not mode.isdecimal():
-      raise ValueError(f"eval.mode={mode!r} does not exist; choose natural, efficiency, or a budget such as 512.")
+      raise ValueError(
+          f"eval.mode={mode!r} does not exist; choose natural, efficiency, a budget such as 512, or say:TEXT.")
     return self.budget_tokens(int(mode))
 
   def budget_tokens(self, budget: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from hbpo_jax.config import Config
-from hbpo_jax.data import pipeline, synthetic
+from hbpo_jax.data import modes, pipeline, synthetic
 from hbpo_jax.data.prompts import PromptBuilder
 from hbpo_jax.data.record import Problem
 from hbpo_jax.structs import Batch
@@ -20,8 +20,9 @@ class SftData:
 
   Synthetic problems get a new verbose trace each time they are drawn; a drawn budget sentence is one of all budgets
   with equal chance, whatever the trace's length: the model must know every sentence before HBPO forces them on it,
-  and is not to obey them yet. Other problems bring their worked response (`SOLUTION_FIELDS`); they get the smallest
-  budget that holds it, or the largest.
+  and is not to obey them yet. With data.synthetic.traces=modes, each time in a mode drawn anew (`data.modes`), they get
+  the smallest budget that holds the trace, or the largest. So do other problems, which bring their worked response
+  (`SOLUTION_FIELDS`).
 
   n_dropped: problems left out because the prompt or the response has no room.
   """
@@ -61,7 +62,7 @@ class SftData:
     Returns:
       Batch of NumPy arrays with tokens_RT, segment_RT, position_RT and completion_mask_RC: R = cfg.sft.rows, prompt
       slots P = data.max_prompt_tokens (left-padded with 0), completion slots C = L_max (right-padded with 0). The
-      mask covers budget sentence, response and EOS. The other fields are None.
+      mask covers response and EOS, and the budget sentence in sft.stated_share of the rows. The other fields are None.
     """
     rng = np.random.default_rng([self._cfg.seed, 2, step])
     R, P, C = self._cfg.sft.rows, self._cfg.data.max_prompt_tokens, self._width
@@ -71,27 +72,40 @@ class SftData:
     completion_mask_RC = np.zeros((R, C), bool)
     for r, i in enumerate(rng.integers(len(self._examples), size=R)):
       problem, prompt, given = self._examples[i]
-      completion = self._completion(problem, given, rng)
+      opening, response = self._completion(problem, given, rng)
+      completion = opening + response
+      # No draw where there is nothing to decide: it would change the traces.
+      stated = self._cfg.sft.stated_share == 1 or rng.random() < self._cfg.sft.stated_share
       first, end = P - len(prompt), P + len(completion)
       tokens_RT[r, first:end] = prompt + completion
       segment_RT[r, first:end] = 1
       position_RT[r, first:end] = np.arange(end - first)
-      completion_mask_RC[r, :len(completion)] = True
+      completion_mask_RC[r, 0 if stated else len(opening):len(completion)] = True
     # The annotation of Batch speaks of device arrays; these become such when they are first used.
     rows: tuple[Any, ...] = (tokens_RT, segment_RT, position_RT, completion_mask_RC)
     return Batch(*rows)
 
-  def _completion(self, problem: Problem, given: list[int], rng: np.random.Generator) -> list[int]:
+  def _completion(
+      self, problem: Problem, given: list[int], rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """(budget sentence or nothing, response with EOS)."""
     opens = rng.random() < self._cfg.sft.budget_share
-    if self._synthetic:
+    if self._synthetic and self._cfg.data.synthetic.traces == "modes":
+      given = self._in_some_mode(problem, opens, rng)
+    elif self._synthetic:
       opening = self._budget_rows[self._budgets[rng.integers(len(self._budgets))]] if opens else []
       low, high = synthetic.verbose_range(self._width)
       # Drawn anew for every trace and never from the level: the warm start must be long everywhere.
       target = int(rng.integers(low, high + 1)) - len(opening)
-      return opening + self._builder.encode_response(synthetic.trace(self._cfg.data.synthetic, problem, rng, target))
+      return opening, self._builder.encode_response(synthetic.trace(self._cfg.data.synthetic, problem, rng, target))
     opening = self._budget_rows[self._holding_budget(len(given))] if opens else []
     # A sentence that has no room is left out, rather than the end of the response.
-    return opening + given if len(opening) + len(given) <= self._width else given
+    return (opening, given) if len(opening) + len(given) <= self._width else ([], given)
+
+  def _in_some_mode(self, problem: Problem, opens: bool, rng: np.random.Generator) -> list[int]:
+    task = self._cfg.data.synthetic
+    low, high = synthetic.verbose_range(self._width)
+    mode, target = modes.draw(task, rng, states_budget=opens), int(rng.integers(low, high + 1))
+    return self._builder.encode_response(modes.trace(task, problem, mode, rng, target))
 
   def _holding_budget(self, n_tokens: int) -> int:
     for budget in self._budgets:
@@ -110,12 +124,14 @@ class SftData:
         f"Problem {problem.id!r} has no worked response; supervised training needs the field 'solution' (or 'response')"
         " in every line of data.source.")
 
-  def _check_room(self, level: int) -> None:
+  def _check_room(self, n_operations: int) -> None:
     longest_opening = max(len(row) for row in self._budget_rows.values())
+    in_modes = self._cfg.data.synthetic.traces == "modes"
+    least = modes.n_tokens("check", n_operations) if in_modes else synthetic.minimal_tokens(n_operations)
     # The nearest whole number of re-checks may overshoot the target by half of one.
     _, high = synthetic.verbose_range(self._width)
-    needed = max(synthetic.minimal_tokens(level) + longest_opening, high + synthetic.TOKENS_PER_RECHECK // 2)
+    needed = max(least + longest_opening, high + (synthetic.TOKENS_PER_RECHECK + in_modes) // 2)
     if needed > self._width:
       raise ValueError(
-          f"reward.max_response_tokens={self._width} has no room for level-{level} traces with a budget sentence, which"
-          f" need {needed} tokens; raise it, or lower data.synthetic.max_level.")
+          f"reward.max_response_tokens={self._width} has no room for traces of {n_operations} operations with a budget "
+          f"sentence, which need {needed} tokens; raise it, or lower data.synthetic.max_level.")

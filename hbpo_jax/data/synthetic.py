@@ -30,7 +30,8 @@ from hbpo_jax.data.record import Problem
 SPLITS = ("train", "eval")
 PAD, EOS, USER, ASSISTANT, SYSTEM = "<pad>", "<eos>", "<user>", "<assistant>", "<system>"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-RECHECK_WORDS = ("wait", "check")
+RECHECK_WORDS = ("wait", "check")  # "check" is also the name of a mode (hbpo_jax.data.modes)
+MODE_WORDS = ("guess", "skim", "work")
 TOKENS_PER_STEP = 3  # operation, "=", result
 TOKENS_PER_RECHECK = TOKENS_PER_STEP + 1
 TOKENS_OF_ENDING = 3  # </think>, the boxed answer, EOS
@@ -55,7 +56,7 @@ def problems(cfg: SyntheticConfig, seed: int, split: str, n: int) -> list[Proble
     split: 'train' or 'eval'.
     n: how many.
   Returns:
-    Problems with `level` set to the number of operations.
+    Problems with `level` set; it decides the number of operations.
   Raises:
     ValueError: when the split is unknown or the settings are impossible.
   """
@@ -67,10 +68,15 @@ def problems(cfg: SyntheticConfig, seed: int, split: str, n: int) -> list[Proble
   made = []
   while len(made) < n:
     level = int(rng.integers(cfg.min_level, cfg.max_level + 1))
-    text = _draw_text(rng, level, cfg.modulus, pool, split)
+    text = _draw_text(rng, n_operations(cfg, level), cfg.modulus, pool, split)
     answer = str(steps(text, cfg.modulus)[-1][2])
     made.append(Problem(f"synthetic/{split}/{len(made)}", text, answer, "synthetic", level))
   return made
+
+
+def n_operations(cfg: SyntheticConfig, level: int) -> int:
+  """Operations of the problems of a level: cfg.operations, or where that is empty, as many as its number."""
+  return cfg.operations[level - 1] if cfg.operations else level
 
 
 def trace(cfg: SyntheticConfig, problem: Problem, rng: np.random.Generator, target_tokens: int) -> str:
@@ -165,7 +171,7 @@ def make_tokenizer(
   """
   check_settings(cfg)
   words = [PAD, EOS, SYSTEM, USER, ASSISTANT, THINK_OPEN, THINK_CLOSE]
-  words += [str(d) for d in range(cfg.modulus)] + ["=", *RECHECK_WORDS]
+  words += [str(d) for d in range(cfg.modulus)] + ["=", *RECHECK_WORDS, *(MODE_WORDS if cfg.traces == "modes" else ())]
   words += [f"{operator}{operand}" for operator, operand in operations(cfg.modulus)]
   words += [f"\\boxed{{{d}}}" for d in range(cfg.modulus)] + [str(b) for b in budgets]
   for sentence in sentences:
@@ -187,10 +193,16 @@ def check_settings(cfg: SyntheticConfig) -> None:
   if m < 3 or any(m % d == 0 for d in range(2, int(m**0.5) + 1)):
     raise ValueError(f"data.synthetic.modulus={m} must be a prime above 2, such as 7.")
   most = len(operations(m))
-  if not 1 <= cfg.min_level <= cfg.max_level <= most:
+  if any(not 1 <= k <= most for k in cfg.operations):
+    raise ValueError(
+        f"data.synthetic.operations={cfg.operations} must lie in 1..{most} (the number of distinct operations modulo "
+        f"{m}).")
+  levels = len(cfg.operations) or most
+  if not 1 <= cfg.min_level <= cfg.max_level <= levels:
+    meaning = "entries of data.synthetic.operations" if cfg.operations else f"number of distinct operations modulo {m}"
     raise ValueError(
         f"data.synthetic.min_level={cfg.min_level}, max_level={cfg.max_level} must satisfy 1 <= min_level <= max_level"
-        f" <= {most} (the number of distinct operations modulo {m}).")
+        f" <= {levels} (the {meaning}).")
 
 
 def _draw_text(rng: np.random.Generator, level: int, modulus: int, pool: list[tuple[str, int]], split: str) -> str:

@@ -41,7 +41,7 @@ class Runner:
     """Encodes the problems.
 
     Args:
-      modes: natural, efficiency, or budgets as text.
+      modes: natural, efficiency, budgets as text, or 'say:TEXT'.
       n_samples: responses per problem and mode.
       n_new: most counted tokens of a response.
       n_prompt_slots: P, which no prompt may exceed (data.max_prompt_tokens); 0 = as many as the longest one needs.

@@ -183,7 +183,9 @@ class Learner:
     total = cfg.steps * cfg.learner.minibatches if total_updates is None else total_updates
     self.arch, self.cfg, self.mesh = arch, cfg, mesh
     self.shards = mesh.size // mesh.shape["tensor"]
-    self.micro_rows = _micro_rows(cfg, self.shards)
+    self.micro_rows = _micro_rows(
+        cfg, cfg.rollout.queries // cfg.learner.minibatches * cfg.rollout.rollouts_per_query, self.shards)
+    self._sft_micro_rows = _micro_rows(cfg, cfg.sft.rows, self.shards)
     self.schedule = optimizer.learning_rate(cfg.optimizer, total)
     self._tx = optimizer.make(cfg.optimizer, total)
     self._rows = sharding.batch_sharding(mesh, 1)  # of the leading axis, whatever follows it
@@ -211,7 +213,7 @@ class Learner:
         lambda base, adapters: lora.merge(base, adapters, lora.scale(cfg.lora)), out_shardings=self._base_shardings)
     self._update = jit_update(functools.partial(self._update_traced, policy, self.micro_rows))
     self._sft_update = jit_update(functools.partial(
-        self._update_traced, lambda p, b, n, _: supervised(p, b, n), cfg.learner.microbatch_rows))
+        self._update_traced, lambda p, b, n, _: supervised(p, b, n), self._sft_micro_rows))
     self._split = jax.jit(self._split_traced, in_shardings=self._rows, out_shardings=self._rows)
     self._gap = jax.jit(functools.partial(sampler_gap, cfg=cfg.loss), in_shardings=self._rows, out_shardings=whole)
 
@@ -352,9 +354,14 @@ class Learner:
   def sft_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One supervised update on the tokens of completion_mask_RC. The given state is consumed (donated).
 
+    Args:
+      batch: one response to a row, on the host; its rows are packed here (learner.pack).
     Returns:
       (state, metrics), metrics on the device, float32 []: loss (nats per token), grad_norm, lr, tokens, nonfinite.
     """
+    if self.cfg.learner.pack:
+      batch = packing.pack_rows(
+          batch, micro_rows=self._sft_micro_rows, shards=self.shards, row_tokens=self.cfg.learner.row_tokens)
     with jax.set_mesh(self.mesh):
       state, metrics = self._sft_update(state, self.place(scoring.forward_fields(batch)), 1.0, self._base)
     return state, {name: metrics[name] for name in ("loss", "grad_norm", "lr", "tokens", "nonfinite")}
@@ -393,14 +400,13 @@ class Learner:
     return state, metrics | applied
 
 
-def _micro_rows(cfg: Config, shards: int) -> int:
-  """learner.microbatch_rows; where it is 0, the whole minibatch, but of packed rows a sixteenth, in whole shards.
+def _micro_rows(cfg: Config, rows: int, shards: int) -> int:
+  """learner.microbatch_rows; where it is 0, the minibatch's `rows`, but of packed ones a sixteenth, in whole shards.
 
   Packed rows that stay empty are left out by whole micro-batches only.
   """
   if cfg.learner.microbatch_rows or not cfg.learner.pack:
     return cfg.learner.microbatch_rows
-  rows = cfg.rollout.queries // cfg.learner.minibatches * cfg.rollout.rollouts_per_query
   return math.ceil(rows / _PARTS / shards) * shards
 
 

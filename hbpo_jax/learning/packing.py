@@ -59,6 +59,31 @@ def pack(
   return packed.to_batch(), float((packed.segment != 0).sum()) / n_computed
 
 
+def pack_rows(batch: Batch, *, micro_rows: int, shards: int, row_tokens: int = 0) -> Batch:
+  """A batch of one response to a row, as `SftData` makes it, in packed rows as those of `pack`.
+
+  Args:
+    batch: NumPy arrays; tokens_RT, segment_RT and completion_mask_RC are read.
+    micro_rows, shards, row_tokens: as of `pack`.
+  Returns:
+    A Batch of NumPy arrays with P = 1.
+  """
+  C = batch.completion_mask_RC.shape[1]
+  P = batch.tokens_RT.shape[1] - C
+  of_groups = lambda x_RC: (x_RC[:, None],)  # R queries of one response each
+  n_prompt_R, n_tokens_R = (np.asarray(part, bool).sum(axis=1) for part in np.split(batch.segment_RT, [P], axis=1))
+  nothing: Any = np.zeros((len(n_prompt_R), 0), np.int32)
+  prompts = Prompts(batch.tokens_RT[:, :P], n_prompt_R, nothing, nothing, np.arange(len(n_prompt_R)))
+  rollouts = Rollouts(
+      tokens=of_groups(batch.tokens_RT[:, P:]), completion_mask=of_groups(batch.completion_mask_RC),
+      logp_sampler=of_groups(np.zeros(batch.completion_mask_RC.shape, np.float32)),
+      n_tokens_BGJ=n_tokens_R[:, None, None], n_gen_BGJ=n_tokens_R[:, None, None],
+      truncated_BGJ=np.zeros((len(n_tokens_R), 1, 1), bool))
+  return pack(
+      prompts, rollouts, np.zeros((len(n_tokens_R), 1, 1)), n_minibatches=1, micro_rows=micro_rows, shards=shards,
+      row_tokens=row_tokens)[0]
+
+
 def row_width(P: int, C: int, share_prompts: bool) -> int:
   """Columns of a row for prompts of at most P and responses of at most C tokens.
 

@@ -1,5 +1,6 @@
 """Rows of the supervised warm start."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -119,6 +120,21 @@ def test_an_opened_think_of_the_response_is_not_repeated(builder, word_tokenizer
 def test_problems_without_response_and_tasks_without_room_are_refused(builder, tiny_cfg, change):
   with pytest.raises(ValueError, match=r"Problem 'a' has no worked response"):
     SftData([Problem("a", "3 +4", "0", "mine")], builder, tiny_cfg)
-  with pytest.raises(ValueError, match=r"reward.max_response_tokens=28 has no room for level-8 traces.*29 tokens"):
+  with pytest.raises(ValueError, match=r"reward.max_response_tokens=28 has no room for traces of 8 op.*29 tokens"):
     SftData(synthetic.problems(tiny_cfg.data.synthetic, 0, "train", 50), builder,
             change(tiny_cfg, reward={"max_response_tokens": 28}))
+
+
+def test_the_budget_sentence_carries_loss_in_a_share_of_the_rows(builder, tiny_cfg):
+  task = dataclasses.replace(tiny_cfg.data.synthetic, traces="modes")
+  cfg = dataclasses.replace(
+      tiny_cfg, data=dataclasses.replace(tiny_cfg.data, synthetic=task),
+      reward=dataclasses.replace(tiny_cfg.reward, max_response_tokens=64),
+      sft=dataclasses.replace(tiny_cfg.sft, budget_share=1.0, stated_share=0.25, rows=400))
+  builder = PromptBuilder(synthetic.make_tokenizer(task, cfg.rollout.budgets, (cfg.prompt.budget_sentence,)), cfg)
+  batch = SftData(synthetic.problems(task, 0, "train", 60), builder, cfg).batch(0)
+  n_opening = len(builder.budget_tokens(cfg.rollout.budgets[0]))
+  has_loss = np.asarray(batch.completion_mask_RC)
+  assert has_loss[:, n_opening].all()
+  assert (has_loss[:, :n_opening].all(axis=1) == has_loss[:, 0]).all()
+  assert has_loss[:, 0].mean() == pytest.approx(0.25, abs=0.08)

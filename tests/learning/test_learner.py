@@ -297,8 +297,9 @@ def test_the_importance_cap_truncates_through_a_whole_update(one):
   tiny.assert_trees_close(state.params, expected_state.params, rtol=0, atol=2.1e-3)
 
 
-def test_supervised_updates_learn_and_start_at_the_mean_cross_entropy():
-  learner = tiny.make_learner(optimizer={"learning_rate": 3e-2})
+@pytest.mark.parametrize("pack", [True, False])
+def test_supervised_updates_learn_and_start_at_the_mean_cross_entropy(pack):
+  learner = tiny.make_learner(optimizer={"learning_rate": 3e-2}, learner={"pack": pack})
   state = learner.new_state(tiny.make_params(learner))
   batch = tiny.make_batch()
   expected = -np.asarray(learner.score(state.params, batch))[batch.completion_mask_RC].mean()
@@ -309,6 +310,15 @@ def test_supervised_updates_learn_and_start_at_the_mean_cross_entropy():
   assert losses[0] == pytest.approx(expected, rel=1e-5)
   assert losses[-1] < 0.6 * losses[0]
   assert set(metrics) == {"loss", "grad_norm", "lr", "tokens", "nonfinite"}
+
+
+def test_supervised_updates_are_the_same_in_packed_rows():
+  found = []
+  for pack in (True, False):
+    learner = tiny.make_learner(learner={"pack": pack})
+    found.append(learner.sft_update(learner.new_state(tiny.make_params(learner)), tiny.make_batch())[1])
+  for name in ("loss", "grad_norm", "tokens"):
+    assert float(found[0][name]) == pytest.approx(float(found[1][name]), rel=1e-5), name
 
 
 def test_bfloat16_weights_keep_their_dtype_and_float32_moments():

@@ -1,0 +1,184 @@
+"""Runs one cell of a study in this process, and writes its JSON file.
+
+  python -m hbpo_jax.studies.cell STUDY CELL DIR [--quick]
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+import resource
+import shutil
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from hbpo_jax import evaluate, run_info, sft, train
+from hbpo_jax.config import Config
+from hbpo_jax.data.modes import MODES
+from hbpo_jax.evaluation import patterns, store
+from hbpo_jax.files import atomic_write_text, json_value, read_rows
+from hbpo_jax.studies import plan
+from hbpo_jax.studies.plan import Cell, Study
+
+FORMAT = 1
+BENCHMARK = "synthetic"
+EVAL_SEED = 1_000  # Evaluation problems are drawn from this seed and the cell's, in a split of their own.
+TUNE_MARGIN = 0.01  # Learning rates within this much of the best accuracy are told apart by tokens.
+# Metrics of training that the write-up draws, by their name in metrics.jsonl.
+DYNAMICS = (
+    "accuracy", "mean_tokens", "length_spread", "entropy", "reward", "zero_variance", "tokens_mean",
+    "sentence_probability")
+
+
+def path_of(root: pathlib.Path, name: str) -> pathlib.Path:
+  """Where the JSON file of a cell is."""
+  return root / "cells" / f"{name}.json"
+
+
+def read(root: pathlib.Path, name: str) -> dict[str, Any]:
+  """The JSON of a finished cell.
+
+  Raises:
+    FileNotFoundError: when the cell has not ended.
+  """
+  path = path_of(root, name)
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} does not exist: the cell has not been run.")
+  return json.loads(path.read_text())
+
+
+def run(study: Study, cell: Cell, root: pathlib.Path) -> dict[str, Any]:
+  """Trains and evaluates as the cell says; returns what its JSON file holds.
+
+  A cell that was killed starts its evaluation or training where it stopped.
+  """
+  started = time.perf_counter()
+  rate = choose_rate(study, cell, root) if cell.kind == "method" and study.rates else cell.rate
+  cfg = plan.settings(study, cell, root, rate)
+  folder = root / "runs" / cell.name
+  if cell.kind == "warm_start":
+    if not (folder / "export" / "config.json").is_file():
+      sft.main(cfg, str(folder))
+    model, training = folder / "export", {}
+  else:
+    train.main(cfg, str(folder))
+    model, training = folder / "export", _dynamics(folder)
+  n = study.n_tune if cell.kind == "tune" else study.n_eval
+  modes = {"warm_start": study.forced + study.modes, "method": study.modes}.get(cell.kind, ())
+  measured = _evaluate(cfg, model, folder / "natural", ("natural",), n, cell.seed)
+  if modes:
+    measured |= _evaluate(cfg, model, folder / "modes", modes, study.n_modes, cell.seed)
+  for heavy in ("checkpoints", "verdicts", "tensorboard", "best"):
+    shutil.rmtree(folder / heavy, ignore_errors=True)
+  usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+  return {
+      "format": FORMAT, "cell": cell.name, "kind": cell.kind, "method": cell.method, "seed": cell.seed,
+      "learning_rate": cfg.optimizer.learning_rate, "steps": cfg.steps,
+      "overrides": dict(_overrides(study, cell)),
+      "modes": measured, "training": training,
+      "cpu_s": sum(u.ru_utime + u.ru_stime for u in usage), "wall_s": time.perf_counter() - started,
+      "git": run_info.git_state(pathlib.Path(__file__).resolve().parent)}
+
+
+def choose_rate(study: Study, cell: Cell, root: pathlib.Path) -> float:
+  """Of the learning rates tried, that with the fewest tokens among those within a point of the best accuracy.
+
+  Raises:
+    FileNotFoundError: when one has not been tried.
+  """
+  tried = [read(root, name) for name in cell.after if name.startswith("tune/")]
+  best = max(t["modes"]["natural"]["accuracy"] for t in tried)
+  near = [t for t in tried if t["modes"]["natural"]["accuracy"] >= best - TUNE_MARGIN]
+  return min(near, key=lambda t: t["modes"]["natural"]["tokens"])["learning_rate"]
+
+
+def _overrides(study: Study, cell: Cell) -> Mapping[str, Any]:
+  return next((m.overrides for m in study.methods if m.name == cell.method), {})
+
+
+def _evaluate(
+    cfg: Config, model: pathlib.Path, folder: pathlib.Path, modes: tuple[str, ...], n: int, seed: int,
+) -> dict[str, Any]:
+  """The numbers of each mode on `n` fresh problems."""
+  cfg = dataclasses.replace(
+      cfg, seed=EVAL_SEED + seed, model=dataclasses.replace(cfg.model, path=str(model)),
+      data=dataclasses.replace(cfg.data, n_eval=n),
+      eval=dataclasses.replace(cfg.eval, modes=modes, benchmarks=(BENCHMARK,)))
+  evaluate.main(cfg, str(folder))
+  rows = store.open_existing(folder).rows[BENCHMARK]
+  pattern = patterns.budget_pattern(cfg.prompt.budget_sentence) if "{budget}" in cfg.prompt.budget_sentence else None
+  return {
+      mode: numbers([row for row in rows if row["mode"] == mode], pattern if mode == "natural" else None)
+      for mode in dict.fromkeys(row["mode"] for row in rows)}
+
+
+def numbers(rows: list[Mapping[str, Any]], pattern: Any) -> dict[str, Any]:
+  """What a cell keeps of the responses of one mode.
+
+  Args:
+    rows: of the evaluation's store: score, n_gen, truncated, level, response.
+    pattern: of `patterns.budget_pattern`; None where no stated budget is looked for.
+  Returns:
+    accuracy, tokens, truncated (means), n, by_level: {level, n, accuracy, tokens, spread (standard deviation of
+    tokens)}, level_correlation (Spearman, tokens and level), states_budget (share), budget_correlation (Spearman,
+    stated budget and level; None where fewer than two budgets are stated), budgets (by level, count of each budget),
+    openings (by level, count of each mode of `data.modes` that responses name first), opening_correlation (Spearman of
+    its place in MODES and level).
+  """
+  level, score, tokens = (np.array([row[k] for row in rows], float) for k in ("level", "score", "n_gen"))
+  stated = [patterns.read(row["response"], pattern).budget for row in rows]
+  says = np.array([b is not None for b in stated])
+  budget = np.array([b or 0 for b in stated], float)
+  opening = np.array([_opening(row["response"]) for row in rows])
+  levels = sorted(set(level.tolist()))
+  return {
+      "n": len(rows), "accuracy": float(score.mean()), "tokens": float(tokens.mean()),
+      "truncated": float(np.mean([bool(row["truncated"]) for row in rows])),
+      "by_level": [{
+          "level": int(k), "n": int((level == k).sum()), "accuracy": float(score[level == k].mean()),
+          "tokens": float(tokens[level == k].mean()), "spread": float(tokens[level == k].std())} for k in levels],
+      "level_correlation": _spearman(tokens, level),
+      "states_budget": float(says.mean()), "budget_correlation": _spearman(budget[says], level[says]),
+      "budgets": {str(int(k)): _counts(budget[says & (level == k)]) for k in levels},
+      "openings": {
+          str(int(k)): {m: int(((opening == i) & (level == k)).sum()) for i, m in enumerate(MODES)} for k in levels},
+      "opening_correlation": _spearman(opening[opening >= 0], level[opening >= 0])}
+
+
+def _opening(response: str) -> int:
+  """The place in MODES of the mode that a response names first; -1 where it names none."""
+  return next((MODES.index(word) for word in response.split() if word in MODES), -1)
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float | None:
+  if len(set(x.tolist())) < 2 or len(set(y.tolist())) < 2:
+    return None
+  return float(scipy.stats.spearmanr(x, y).statistic)
+
+
+def _counts(values: np.ndarray) -> dict[str, int]:
+  return {str(int(v)): int((values == v).sum()) for v in np.unique(values)}
+
+
+def _dynamics(folder: pathlib.Path) -> dict[str, list[float | None]]:
+  rows = read_rows(folder / "metrics.jsonl")
+  names = [n for n in rows[0] if n.rpartition("/")[2] in DYNAMICS and not n.startswith("eval/")] if rows else []
+  return {name: [row.get(name) for row in rows] for name in ["step", *names]}
+
+
+def main() -> None:
+  """The cell of the command line."""
+  source, name, root = sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3])
+  study = plan.load(source)
+  if "--quick" in sys.argv[4:]:
+    study = plan.quick(study)
+  cell = next(c for c in plan.cells(study) if c.name == name)
+  atomic_write_text(path_of(root, name), json.dumps(json_value(run(study, cell, root)), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,70 @@
+"""Studies: their cells, settings and refusals."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from hbpo_jax.studies import plan
+from hbpo_jax.studies.plan import Method, Study
+
+STUDY = Study(
+    config="miniature/task",
+    methods=(Method("a", "A", {"reward.form": "cosine", "advantage.intra_coef": 0.0}),
+             Method("b", "B", {"profile": "paper"}, rate_of="a", group="ablation"),
+             Method("c", "C", {"rollout.queries": 8}, group="rival")),
+    seeds=(0, 1), rival_seeds=(1,), tune_seed=9, rates=(1e-4, 3e-4), n_eval=600, n_modes=60, n_tune=90,
+    forced=("say:work",), modes=("8",))
+
+
+def test_cells_come_after_what_they_need_and_only_where_they_should():
+  cells = plan.cells(STUDY)
+  names = [c.name for c in cells]
+  assert names == [
+      "warm_start/seed_9", "warm_start/seed_0", "warm_start/seed_1", "tune/a/0.0001", "tune/a/0.0003", "tune/c/0.0001",
+      "tune/c/0.0003", "a/seed_0", "b/seed_0", "a/seed_1", "b/seed_1", "c/seed_1"]
+  for i, c in enumerate(cells):
+    assert set(c.after) <= set(names[:i])
+  assert cells[-2].after == ("warm_start/seed_1", "tune/a/0.0001", "tune/a/0.0003")  # b takes the rate of a
+  assert [c.name for c in plan.cells(STUDY, ["b"])] == [
+      "warm_start/seed_9", "warm_start/seed_0", "warm_start/seed_1", "tune/a/0.0001", "tune/a/0.0003", "b/seed_0",
+      "b/seed_1"]
+  assert [c.name for c in plan.cells(plan.quick(STUDY))] == ["warm_start/seed_0", "a/seed_0"]
+  with pytest.raises(ValueError, match="--only=z is no method of the study"):
+    plan.cells(STUDY, ["z"])
+
+
+def test_settings_of_a_cell():
+  cells = {c.name: c for c in plan.cells(STUDY)}
+  root = pathlib.Path("out")
+  warm = plan.settings(STUDY, cells["warm_start/seed_1"], root)
+  assert warm.seed == 1 and not warm.model.path
+  cfg = plan.settings(STUDY, cells["tune/a/0.0003"], root, 3e-4)
+  assert (cfg.seed, cfg.optimizer.learning_rate, cfg.reward.form) == (9, 3e-4, "cosine")
+  assert cfg.model.path == "out/runs/warm_start/seed_9/export"
+  assert plan.settings(STUDY, cells["b/seed_0"], root).advantage.center_intra is False
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(tune_seed=1), "tune_seed=1 is also one of the seeds"),
+    (dict(rival_seeds=(4,)), r"rival_seeds=\(4,\) are not all among"),
+    (dict(methods=STUDY.methods + STUDY.methods[:1]), "'a' occurs twice"),
+    (dict(methods=(Method("a", "A", {"reward.frm": 1}),)), "'a' sets 'reward.frm', which is no setting"),
+    (dict(methods=(Method("a", "A", {}, rate_of="q"),)), "takes the learning rate of 'q'"),
+    (dict(methods=(Method("a", "A", {}, group="best"),)), "is of group 'best'"),
+])
+def test_contradictions_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    plan.check(dataclasses.replace(STUDY, **change))
+
+
+def test_the_shipped_study_is_sound():
+  study = plan.load("miniature/study")
+  cells = plan.cells(study)
+  for cell in cells:
+    plan.settings(study, cell, pathlib.Path("out"), cell.rate)
+  assert {"classic", "cosine", "paper", "released", "hbpo"} <= {c.method for c in cells}
+  hard = 2 / 6 * study.n_eval
+  assert len(study.seeds) >= 3 and hard >= 3000
+  with pytest.raises(ValueError, match="has no get_study"):
+    plan.load("miniature/task")
