@@ -163,7 +163,8 @@ def claims(cells: Cells) -> list[Claim]:
       _claim("`hbpo` beats `paper`: more accurate, and with fewer tokens", _both(above(better), below(shorter)),
              f"{say(better, 100)} points, {say(shorter)} tokens"),
       _claim("`hbpo` saves 60 % of the warm start's tokens and is 3 points more accurate than cosine on the hardest "
-             "third", _both(below(share, -0.6), above(target, 0.03)), f"{say(share, 100)} % tokens, {say(target, 100)} points"),
+             "third", _both(below(share, -0.6), above(target, 0.03)),
+             f"{say(share, 100)} % tokens, {say(target, 100)} points"),
   ]
 
 
