@@ -11,7 +11,7 @@ import numpy as np
 import scipy.stats
 
 Cells = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by method, then seed: the JSON of a cell
-Measure = Callable[[Mapping[str, Any]], float]
+Measure = Callable[[Mapping[str, Any]], float | None]
 WARM_START = "warm_start"
 CONFIDENCE = 0.95
 
@@ -23,6 +23,11 @@ class Estimate:
   low: float | None
   high: float | None
   seeds: int
+
+  @property
+  def value(self) -> float:
+    """The mean, NaN where there is none."""
+    return math.nan if self.mean is None else self.mean
 
   def to_json(self) -> dict[str, Any]:
     """As a dict of plain values."""
@@ -183,12 +188,15 @@ def say(x: Estimate, factor: float = 1.0, digits: int = 1) -> str:
   if x.mean is None:
     return "-"
   text = f"{factor * x.mean:.{digits}f}"
-  return text if x.low is None else f"{text} ({factor * x.low:.{digits}f} to {factor * x.high:.{digits}f})"
+  if x.low is None or x.high is None:
+    return text
+  return f"{text} ({factor * x.low:.{digits}f} to {factor * x.high:.{digits}f})"
 
 
 def _share_saved(cells: Cells, seed: int) -> float | None:
   before = cells.get(WARM_START, {}).get(seed)
-  return None if before is None else natural("tokens")(cells["hbpo"][seed]) / natural("tokens")(before) - 1
+  of = lambda cell: cell["modes"]["natural"]["tokens"]
+  return None if before is None else of(cells["hbpo"][seed]) / of(before) - 1
 
 
 def _both(a: bool | None, b: bool | None) -> bool | None:

@@ -189,10 +189,10 @@ def _figures(cells: Cells) -> dict[str, Figure]:
   levels = outcome.levels_of(cells)
   for m in _methods(cells):
     tokens, accuracy = (outcome.over_seeds(cells, m, outcome.natural(f)) for f in ("tokens", "accuracy"))
-    points.append(figures.Point(m, "natural", tokens.mean, accuracy.mean, span(tokens), span(accuracy)))
+    points.append(figures.Point(m, "natural", tokens.value, accuracy.value, span(tokens), span(accuracy)))
     if m in (WARM_START, *DRAWN):
       curves.append(figures.Curve(m, tuple(map(str, levels)), tuple(
-          outcome.over_seeds(cells, m, outcome.at_level(k, "tokens")).mean for k in levels),
+          outcome.over_seeds(cells, m, outcome.at_level(k, "tokens")).value for k in levels),
           outcome.over_seeds(cells, m, outcome.natural("level_correlation")).mean))
   found = {"pareto": figures.pareto_figure(points), "difficulty": figures.difficulty_figure(curves)}
   if drawn := [m for m in DRAWN if m in cells]:

@@ -46,11 +46,11 @@ def close(actual, expected):
 def test_the_table_and_the_functions_name_the_same_forms():
   assert set(forms.FORMS) == set(rivals.REWARDS) | set(forms.OWN)
   assert forms.OWN == ("piecewise", "min", "classic", "cosine") and forms.WITH_BASELINE == ("piecewise", "min")
-  assert set(validation._CHOICES["reward.form"]) == set(forms.FORMS)
-  assert validation._CHOICES["advantage.form"] == advantage.FORMS
+  assert set(validation.CHOICES["reward.form"]) == set(forms.FORMS)
+  assert validation.CHOICES["advantage.form"] == advantage.FORMS
   for field, choices in (("form", advantage.INTRA_FORMS), ("baseline", advantage.INTRA_BASELINES),
                          ("scale", advantage.INTRA_SCALES), ("gate", advantage.INTRA_GATES)):
-    assert validation._CHOICES[f"advantage.intra_{field}"] == choices
+    assert validation.CHOICES[f"advantage.intra_{field}"] == choices
   for name, function in rivals.REWARDS.items():
     number = forms.FORMS[name].paper.rpartition("arXiv ")[2].rstrip(")")
     assert number in inspect.getdoc(function), name
