@@ -33,9 +33,10 @@ def ends(capsys, *argv, code=0) -> str:
   return err if code == 2 else out
 
 
-def call(repo_root, *argv, interpreter=(), **options):
+def call(repo_root, *argv, interpreter=(), unbuffered="", **options):
   """The finished process of `python ARGV`."""
-  environment = os.environ | {"PYTHONPATH": str(repo_root), "JAX_PLATFORMS": "cpu", "COLUMNS": "100"}
+  environment = os.environ | {
+      "PYTHONPATH": str(repo_root), "JAX_PLATFORMS": "cpu", "COLUMNS": "100", "PYTHONUNBUFFERED": unbuffered}
   return subprocess.run(
       [sys.executable, *interpreter, *argv], **{"capture_output": True, "text": True} | options, env=environment,
       timeout=300, check=False)
@@ -130,6 +131,9 @@ def test_helpfull_shows_every_setting_by_section_with_its_type_and_choices(capsy
 def test_help_of_a_section(capsys, argv):
   out = ends(capsys, "train", *argv)
   assert re.findall(r"--config\.([\w.]+)=", out) == [n for n in config.field_table() if n.startswith("reward.")]
+  assert out.startswith("reward: The reward of a response")
+  top = re.findall(r"--config\.([\w.]+)=", ends(capsys, "train", "--help=run"))
+  assert top == [n for n in config.field_table() if "." not in n]
 
 
 def test_help_of_a_setting_and_of_a_nested_section(capsys):
@@ -171,15 +175,15 @@ def test_unknown_commands(capsys, argv, said):
   assert said in ends(capsys, *argv, code=2)
 
 
-@pytest.mark.parametrize("argv", [
-    ("-m", "hbpo_jax", "train", "--helpfull"), ("-m", "hbpo_jax.train", "--help"), ("-m", "hbpo_jax", "--help"),
-    ("-m", "hbpo_jax", "completion", "bash"),
-    ("-m", "hbpo_jax", "preview", "--config=quickstart", "--workdir=preview"),
-])
-def test_output_that_nobody_reads_is_no_traceback(repo_root, tmp_path, argv):
+@pytest.mark.parametrize("argv, unbuffered", [
+    (("hbpo_jax", "train", "--helpfull"), ""), (("hbpo_jax.train", "--help"), ""), (("hbpo_jax", "--help"), ""),
+    (("hbpo_jax", "--help"), "1"), (("hbpo_jax", "completion", "bash"), ""),
+    (("hbpo_jax", "preview", "--config=quickstart", "--workdir=preview"), "")])
+def test_output_that_nobody_reads_is_no_traceback(repo_root, tmp_path, argv, unbuffered):
   read, write = os.pipe()
   os.close(read)
-  done = call(repo_root, *argv, capture_output=False, stdout=write, stderr=subprocess.PIPE, cwd=tmp_path)
+  done = call(repo_root, "-m", *argv, unbuffered=unbuffered, capture_output=False, stdout=write,
+              stderr=subprocess.PIPE, cwd=tmp_path)
   os.close(write)
   assert (done.returncode, done.stderr) == (141, "")
 

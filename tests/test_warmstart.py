@@ -103,6 +103,7 @@ def overrides():
 
 @pytest.mark.slow
 def test_the_same_bits_as_two_commands(run, tmp_path):
+  (tmp_path / "run").mkdir()
   assert runs.run("sft", overrides(), tmp_path / "run" / "warmstart").returncode == 0
   warm = tmp_path / "run" / "warmstart" / "export"
   assert same(runs.exported(tmp_path / "run" / "warmstart"), runs.exported(run / "warmstart"))
