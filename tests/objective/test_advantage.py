@@ -193,3 +193,12 @@ def test_equal_rewards_give_exactly_zero_in_every_form(value, form):
   cfg = settings(form=form, intra_form="within", intra_coef=1.0, std_eps=0.0)
   got = compute(np.full((1, 3, 5), value, np.float32), None, cfg=cfg, thinks_BGJ=np.eye(3, 5, dtype=bool)[None])
   assert not np.any(got.total_BGJ)
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(st.lists(st.floats(-5, 5, width=32), min_size=3, max_size=3))
+def test_within_a_subgroup_of_equal_rewards_is_exactly_zero_whatever_the_others_earn(values):
+  rewards = np.repeat(np.array(values, np.float32)[None, :, None], 7, axis=2)
+  cfg = AdvantageConfig(intra_form="within", std_eps=1e-12)
+  got = compute(rewards, None, cfg=cfg)
+  np.testing.assert_array_equal(got.total_BGJ, got.inter_BGJ)
