@@ -113,6 +113,8 @@ def build(base: config_dict.ConfigDict, overrides: dict[str, Any]) -> config.Con
   config.from_config_dict(base)  # names what the file itself got wrong
   cd = copy.deepcopy(base)
   profile = overrides.get("profile", cd.profile)
+  if not isinstance(profile, str):
+    raise ValueError(f"config.profile={profile!r} has the wrong type; give {_kind(str)}.")
   if profile != cd.profile:
     config.apply_profile(cd, profile, keep=edited_from_profile(cd))
   table = config.field_table()
@@ -122,7 +124,7 @@ def build(base: config_dict.ConfigDict, overrides: dict[str, Any]) -> config.Con
       value = tuple(value)
     try:
       (config.get(cd, parent) if parent else cd)[leaf] = value
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
       raise ValueError(f"config.{name}={value!r} has the wrong type; give {_kind(table[name].type)}.") from error
   return config.from_config_dict(cd)
 

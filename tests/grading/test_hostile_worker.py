@@ -110,7 +110,7 @@ def test_a_reply_that_was_not_asked_for_is_not_taken(monkeypatch):
 
 def test_a_long_item_does_not_wait_for_a_worker_that_reads_nothing(monkeypatch):
   monkeypatch.setattr(pool_module, "_BOOTSTRAP", 'import os, time; os.write(1, b"ready\\n"); time.sleep(1000)')
-  truths = [rf"\sqrt{{{n}}}" + "+x" * 1000 for n in range(60)]
+  truths = [rf"\sqrt{{{n}}}" + "+x" * 400 for n in range(100)]
   start = time.monotonic()
   with Grader(GradingConfig(workers=1), wall_seconds=0.5) as grader:
     assert grader.grade_batch([GOOD], [truths], thinking_opened=False)[0].reason == "timeout"
