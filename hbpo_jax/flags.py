@@ -206,7 +206,7 @@ def _normalise(argv: Sequence[str]) -> tuple[str | None, dict[str, None], list[s
   while todo:
     argument = todo.pop(0)
     flag, equals, text = argument.partition("=")
-    if not re.fullmatch(r"--?(no)?config(\..*)?", flag):
+    if not re.fullmatch(r"--?(no)?config(\..*)?", flag, re.DOTALL):
       rest.append(argument)
       continue
     if (short := flag.lstrip("-").removeprefix("config.")) in _SHORT:
