@@ -188,6 +188,8 @@ def build(base: config_dict.ConfigDict, overrides: dict[str, Any]) -> config.Con
   config.from_config_dict(base)  # names what the file itself got wrong
   cd = copy.deepcopy(base)
   profile = overrides.get("profile", cd.profile)
+  if not isinstance(profile, str):
+    raise ValueError(f"config.profile={profile!r} has the wrong type; give {_kind(str)}.")
   if profile != cd.profile:
     config.apply_profile(cd, profile, keep=edited_from_profile(cd))
   table = config.field_table()
@@ -197,7 +199,7 @@ def build(base: config_dict.ConfigDict, overrides: dict[str, Any]) -> config.Con
       value = tuple(value)
     try:
       (config.get(cd, parent) if parent else cd)[leaf] = value
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
       raise ValueError(
           f"config.{name}={value!r} has the wrong type; give {usage.type_words(table[name].type)}.") from error
   return config.from_config_dict(cd)
@@ -274,7 +276,7 @@ def _normalise(argv: Sequence[str]) -> tuple[str | None, dict[str, None], list[s
   while todo:
     argument = todo.pop(0)
     flag, equals, text = argument.partition("=")
-    if not re.fullmatch(r"--?(no)?config(\..*)?", flag):
+    if not re.fullmatch(r"--?(no)?config(\..*)?", flag, re.DOTALL):
       rest.append(argument)
       continue
     if (short := flag.lstrip("-").removeprefix("config.")) in _SHORT:

@@ -157,7 +157,8 @@ def _flag(option: Option) -> str:
 
 
 def _setting(field: str, value: Callable[[str], Any]) -> Iterator[str]:
-  yield f"  --config.{field}={show(value(field))}  ({kind(field)})"
+  yield from _wrap(
+      f"--config.{field}={show(value(field))}  ({kind(field)})", initial_indent=" " * 2, subsequent_indent=" " * 10)
   yield from _wrap(config.field_table()[field].metadata["help"], initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 

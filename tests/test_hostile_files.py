@@ -127,6 +127,11 @@ def test_any_command_line_is_understood_or_refused(arguments, complete):
   assert said is None or len(said) < 12_000
 
 
+@pytest.mark.parametrize("argument", ["--config.F}\n", "--config.steps\n=3", "--noconfig.\n", "--config\n=x"])
+def test_a_line_break_in_a_flag_is_refused(argument):
+  assert refusal(lambda: flags.parse(["--config=quickstart", "--workdir=/w", argument]))
+
+
 @settings(max_examples=250, deadline=None)
 @given(st.dictionaries(st.sampled_from(_FIELDS), _JSON | _VALUES, max_size=3))
 def test_any_overrides_are_built_or_refused(overrides):

@@ -110,24 +110,35 @@ def test_a_reply_that_was_not_asked_for_is_not_taken(monkeypatch):
 
 def test_a_long_item_does_not_wait_for_a_worker_that_reads_nothing(monkeypatch):
   monkeypatch.setattr(pool_module, "_BOOTSTRAP", 'import os, time; os.write(1, b"ready\\n"); time.sleep(1000)')
-  truths = [rf"\sqrt{{{n}}}" + "+x" * 1000 for n in range(60)]
+  truths = [rf"\sqrt{{{n}}}" + "+x" * 400 for n in range(100)]
   start = time.monotonic()
   with Grader(GradingConfig(workers=1), wall_seconds=0.5) as grader:
     assert grader.grade_batch([GOOD], [truths], thinking_opened=False)[0].reason == "timeout"
   assert time.monotonic() - start < 20
 
 
-# A worker that has served items and then runs out of memory is not believed: a new one decides.
+@pytest.mark.parametrize("name", ["spins and ignores every signal", "takes memory without a limit"])
+def test_a_limit_is_kept_long_before_the_wall_clock_and_decides_at_once(name, monkeypatch, caplog):
+  monkeypatch.setattr(pool_module, "_BOOTSTRAP", _WORKER.replace("{body}", BODIES[name]))
+  start = time.monotonic()
+  with Grader(GradingConfig(workers=1, cpu_seconds=0.3), wall_seconds=60.0) as grader:
+    assert grader.grade_batch([BAD], [TRUTH], thinking_opened=False)[0].reason == "timeout"
+  assert time.monotonic() - start < 40 and "is replaced" not in caplog.text
+
+
+# Workers that have served items and then run out of memory are not believed: a new one decides.
 _TIRED = _WORKER.replace("{body}", "os._exit(77) if served else os.write(1, b'correct\\n')").replace(
     'buffer = b""', 'buffer, served = b"", 0').replace(
-        '    os.write(1, b"correct\\n")', '    os.write(1, b"wrong\\n"); served += 1')
+        '    os.write(1, b"correct\\n")', '    time.sleep(0.5); os.write(1, b"wrong\\n"); served += 1')
 
 
 def test_what_earlier_items_left_does_not_decide(monkeypatch):
   monkeypatch.setattr(pool_module, "_BOOTSTRAP", _TIRED)
-  with Grader(GradingConfig(workers=1)) as grader:
-    reasons = [v.reason for v in grader.grade_batch([GOOD, BAD], [TRUTH, TRUTH], thinking_opened=False)]
-  assert reasons == ["wrong", "correct"]
+  with Grader(GradingConfig(workers=3)) as grader:
+    good = [GOOD.replace("12", f"12{key}") for key in range(3)]
+    verdicts = grader.grade_batch(good, [TRUTH] * 3, thinking_opened=False)
+    assert [v.reason for v in verdicts] == ["wrong"] * 3 and len(grader.worker_pids()) == 3
+    assert grader.grade_batch([BAD], [TRUTH], thinking_opened=False)[0].correct
 
 
 def test_workers_get_no_secrets_and_work_nowhere(monkeypatch, tmp_path):

@@ -127,7 +127,7 @@ def test_hostile_names_stay_texts_in_markdown_and_latex(tmp_path):
     runs_fixture.make_evaluation(
         tmp_path / name, benchmarks={"x": bad[9]}, seed=seed, n_problems=4, k=1, modes=("natural",),
         settings={"model.path": bad[10], "x": bad[8]})
-  found = runs.read_all([f"{bad[0]} {bad[8]}={tmp_path / 'a'}", f"{bad[9]} {bad[10]}={tmp_path / 'b'}"])
+  found = [runs.read(tmp_path / "a", f"{bad[0]} {bad[8]}"), runs.read(tmp_path / "b", f"{bad[9]} {bad[10]}")]
   report = page.make(found, "; ".join(bad))
   text = page.to_markdown(report)
   assert not [c for c in text if c != "\n" and not c.isprintable()]

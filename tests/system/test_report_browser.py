@@ -136,7 +136,8 @@ def test_hostile_names_do_nothing(tab, tmp_path):
         problem_texts=("__proto__",), settings={"model.path": bad, f"data.{bad}": bad})
     for path in (tmp_path / name / "responses" / "x.jsonl", tmp_path / name / "problems" / "x.jsonl"):
       path.write_text(path.read_text().replace('"x/1"', '"__proto__"').replace('"x/2"', '"<svg onload=alert(1)>"'))
-  report.main([f"{bad}={tmp_path / 'a'}", str(tmp_path / "b"), f"--out={tmp_path / 'out'}", f"--title=clean {bad}"])
+  name = bad.replace("=", ":")  # NAME=PATH ends the name there.
+  report.main([f"{name}={tmp_path / 'a'}", str(tmp_path / "b"), f"--out={tmp_path / 'out'}", f"--title=clean {bad}"])
   opened(tab, tmp_path / "out" / "index.html")
   assert tab.evaluate("document.title").startswith("clean") and "owned'" in tab.evaluate("document.title")
   assert tab.complaints == [] and len([url for url in tab.requests if not url.startswith("data:")]) == 1
