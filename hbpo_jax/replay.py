@@ -24,7 +24,7 @@ from hbpo_jax.config import Config, MeshConfig
 from hbpo_jax.learning import dumps, guards, survey
 from hbpo_jax.learning.learner import Learner
 from hbpo_jax.models import sharding, weights
-from hbpo_jax.models.architecture import Architecture
+from hbpo_jax.models.architecture import Architecture, RopeScaling
 from hbpo_jax.structs import TrainState
 
 _N_WORST = 8  # Tokens that are listed.
@@ -127,7 +127,8 @@ def _override(cfg: Config, overrides: Sequence[str]) -> Config:
     values(["replay", *overrides])
   except (absl_flags.Error, AttributeError, TypeError, ValueError) as error:
     raise ValueError(f"{' '.join(overrides)} is not understood ({error}); write --config.field=value.") from error
-  return config.from_config_dict(values["config"].value)
+  changed: Any = values["config"].value
+  return config.from_config_dict(changed)
 
 
 def _differences(recorded: Config, used: Config, missing: Sequence[str], source: str | None) -> list[str]:
@@ -143,7 +144,9 @@ def _differences(recorded: Config, used: Config, missing: Sequence[str], source:
 
 def _make_learner(dump: dumps.Dump, cfg: Config) -> Learner:
   """The dump's learner, on a mesh like its own if there are devices for it; with adapters, its base is read again."""
-  arch = Architecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in dump.meta["architecture"].items()})
+  fields: dict[str, Any] = dict(dump.meta["architecture"])
+  scaling = fields.pop("rope_scaling")
+  arch = Architecture(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
   shape = dump.meta["mesh"]
   n = math.prod(shape.values())
   if n <= jax.device_count():
@@ -203,12 +206,11 @@ def _worst_tokens(learner: Learner, state: TrainState, dump: dumps.Dump) -> list
   logp_RC = np.asarray(jax.device_get(learner.score(state.params, learner.place(batch))))
   keys_RC = np.where(batch.completion_mask_RC, np.where(np.isfinite(logp_RC), logp_RC, -np.inf), np.inf)
   prompt = batch.tokens_RT.shape[1] - batch.completion_mask_RC.shape[1]
-  lines = []
+  lines, advantage_RC = [], np.broadcast_to(np.asarray(batch.advantage_RC), logp_RC.shape)
   for flat in np.argsort(keys_RC, axis=None, kind="stable")[:_N_WORST]:
     r, c = np.unravel_index(int(flat), keys_RC.shape)
     if not batch.completion_mask_RC[r, c]:
       break
-    advantage_RC = np.broadcast_to(batch.advantage_RC, logp_RC.shape)
     others = {"old": batch.logp_old_RC, "sampler": batch.logp_sampler_RC, "reference": batch.logp_ref_RC}
     more = "".join(f", {name} {x[r, c]:g}" for name, x in others.items() if x is not None)
     lines.append(

@@ -142,7 +142,7 @@ class Dumps:
 
   def _finish(self, aside: pathlib.Path, target: pathlib.Path, bad: Bad, arrays: dict[str, np.ndarray]) -> None:
     body = io.BytesIO()
-    np.savez(body, **arrays)
+    np.savez(body, allow_pickle=False, **arrays)  # pyright: ignore[reportArgumentType]
     atomic_write_bytes(aside / _BATCH, body.getvalue())
     meta = {
         "schema": SCHEMA, "step": bad.step, "minibatch": bad.minibatch, "forced": bad.forced,

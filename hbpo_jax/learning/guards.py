@@ -7,7 +7,7 @@ compiles only now), writes a dump for `hbpo_jax.replay`, answers as `learner.non
 were left out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import logging
 import math
@@ -299,9 +299,9 @@ class _Incidents:
   def __init__(self, path: pathlib.Path, start_step: int):
     self._path, self._start = path, start_step
     self._file = StepFile(path, start_step) if path.exists() and distributed.is_writer() else None
-    self._rows: list[dict[str, Any]] = []
+    self._rows: list[Mapping[str, Any]] = []
 
-  def note(self, row: dict[str, Any]) -> None:
+  def note(self, row: Mapping[str, Any]) -> None:
     """Keeps a row until `write`."""
     self._rows.append(row)
 

@@ -155,11 +155,11 @@ def test_the_first_tensor_that_is_not_finite_is_named(run, good, fault):
 
 def test_a_parameter_that_is_not_finite_is_named_and_ends_a_run_that_only_skips(run, good):
   this = run()
-  kernel = this.state.params["layers"]["up_proj"]
+  kernel = this.state.params["layers"]["up"]
   this.state = this.state.replace(params=this.state.params | {
-      "layers": this.state.params["layers"] | {"up_proj": kernel.at[1, 2, 3].set(jnp.inf)}})
+      "layers": this.state.params["layers"] | {"up": kernel.at[1, 2, 3].set(jnp.inf)}})
   with pytest.raises(guards.NonfiniteError, match=(
-      r"step 3, minibatch 0: .* is params.layers.up_proj \(1 of [\d,]+ elements, the first at \[1, 2, 3\]\).*Dump: .*"
+      r"step 3, minibatch 0: .* is params.layers.up \(1 of [\d,]+ elements, the first at \[1, 2, 3\]\).*Dump: .*"
       "set learner.nonfinite='rollback'|Set learner.nonfinite='rollback'")):
     this.step(3, good)
   assert [r["action"] for r in this.incidents()] == ["stopped"]
@@ -239,8 +239,12 @@ def test_a_rollback_takes_the_newest_checkpoint_or_the_first_weights_and_leaves_
 
 def test_a_rollback_to_weights_that_are_not_finite_ends_the_run(run, good):
   this = run(nonfinite="rollback")
-  fresh = this.fresh
-  this.guard._fresh = lambda: (s := fresh()).replace(params=s.params | {"embed": s.params["embed"].at[0, 0].set(jnp.nan)})
+
+  def bad_weights():
+    state = this.fresh()
+    return state.replace(params=state.params | {"embed": state.params["embed"].at[0, 0].set(jnp.nan)})
+
+  this.guard._fresh = bad_weights
   with pytest.raises(guards.NonfiniteError, match=r"state of step 0, which is not finite itself: params.embed \(1 of"):
     this.step(0, spoilt(good))
 
@@ -264,13 +268,15 @@ def test_no_more_dumps_than_asked_for_and_none_twice(run, good):
   folder = this.folder / "dumps"
   assert [p.name for p in folder.iterdir()] == ["step_000000_m1"]
   stamp = (folder / "step_000000_m1" / "meta.json").stat().st_mtime_ns
-  this.state = this.fresh()
+  this.state, said = this.fresh(), this.said
+  this.guard.close()
+  this.guard = this.make_guard()
   this.step(0, spoilt(good))  # As a resumed run repeats the step.
   assert [p.name for p in folder.iterdir()] == ["step_000000_m1"]
   assert (folder / "step_000000_m1" / "meta.json").stat().st_mtime_ns == stamp
-  assert len([line for line in this.said if "step_000000_m1" in line]) == 2
+  assert len([line for line in said if "step_000000_m1" in line]) == 2
   shutil.rmtree(folder)
-  none = run(max_dumps=0)
+  none = run(max_dumps=0)  # Starts at 0, so that the rows before are dropped.
   none.step(1, spoilt(good))
   assert not folder.exists() and "batch.advantage_RC" in none.said[0]
 
