@@ -223,7 +223,12 @@ class LearnerConfig:
       "No effect on the result.")
   logprob_chunk: int = setting(256, "Tokens per chunk of the log-probability computation.")
   attention_kernel: str = setting("auto", "Attention in scoring and updates: auto, xla, splash (TPU) or cudnn (GPU).")
-  nonfinite: str = setting("skip", "On a non-finite loss or gradient: 'skip' the update and count it, or 'stop'.")
+  nonfinite: str = setting(
+      "skip", "On an update that is not finite: 'skip' it, 'rollback' to the newest checkpoint and go on with the data "
+      "that follow, or 'stop'.")
+  max_nonfinite: int = setting(20, "Stop, with the state saved, after so many bad updates in a row; 0 means never.")
+  max_dumps: int = setting(
+      3, "Most minibatches, each with the training state that it met, kept in WORKDIR/dumps for hbpo_jax.replay.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +291,12 @@ class AlarmConfig:
   timeouts: float = setting(0.01, "Alarm when more than this share of gradings times out; 0 turns it off.")
   zero_variance: float = setting(
       0.9, "Alarm when more than this share of queries earns the same reward throughout; 0 turns it off.")
+  ratio_max: float = setting(
+      100.0, "Alarm when the largest ratio of a token's probability to its old one exceeds this; 0 turns it off.")
+  grad_spike: float = setting(
+      10.0, "Alarm when the gradient norm exceeds the median of the rows before by this factor; 0 turns it off.")
+  sampler_gap: float = setting(
+      0.1, "Alarm when for more than this share of tokens sampler and trainer differ beyond the clip; 0 turns it off.")
   nonfinite: bool = setting(True, "Whether an update with a non-finite loss or gradient raises an alarm.")
 
 

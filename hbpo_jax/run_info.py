@@ -169,7 +169,8 @@ def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 _FREE_ON_RESUME = (
     "model.path", "model.revision", "model.remat", "data.n_eval", "data.eval_", "data.data_dir", "eval.", "mesh.",
     "grading.", "checkpoint.", "distributed.", "log.", "alarms.", "sft.", "learner.microbatch_rows", "learner.pack",
-    "learner.logprob_chunk", "learner.row_tokens", "learner.attention_kernel")
+    "learner.logprob_chunk", "learner.row_tokens", "learner.attention_kernel", "learner.nonfinite",
+    "learner.max_nonfinite", "learner.max_dumps")
 
 
 def check_resume(cfg: config.Config, saved: Mapping[str, Any]) -> list[str]:

@@ -30,7 +30,8 @@ from hbpo_jax.data import problems as problems_lib
 from hbpo_jax.data import synthetic
 from hbpo_jax.data.prompts import PromptBuilder
 from hbpo_jax.data.sft_data import SftData
-from hbpo_jax.learning.learner import Learner, check_finite
+from hbpo_jax.learning.guards import check_finite
+from hbpo_jax.learning.learner import Learner
 from hbpo_jax.models import decoder, sharding, weights
 from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.reporting.console import Console

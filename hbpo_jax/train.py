@@ -2,7 +2,8 @@
 
   python -m hbpo_jax.train --config=quickstart --workdir=runs/quickstart
 
-Running the same command again continues from the newest good checkpoint in WORKDIR.
+Running the same command again continues from the newest good checkpoint in WORKDIR. With --replay=WORKDIR/dumps/NAME
+it repeats an update that was not finite instead (hbpo_jax.replay).
 """
 
 from hbpo_jax import flags
@@ -15,6 +16,7 @@ from concurrent import futures
 import contextlib
 import dataclasses
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -22,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hbpo_jax import assemble, distributed, export, hub, preview, run_info, sft, throughput
+from hbpo_jax import assemble, distributed, export, hub, preview, replay, run_info, sft, throughput
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config
 from hbpo_jax.data import problems as problems_lib
@@ -31,8 +33,9 @@ from hbpo_jax.data.record import Problem
 from hbpo_jax.evaluation.during import Evaluations
 from hbpo_jax.grading.judge import Judge
 from hbpo_jax.grading.verdict import Verdict
+from hbpo_jax.learning import dumps, guards
 from hbpo_jax.learning.checkpoint import Checkpointer
-from hbpo_jax.learning.learner import Learner, check_finite
+from hbpo_jax.learning.learner import Learner
 from hbpo_jax.learning.reference import Reference
 from hbpo_jax.models import lora, weights
 from hbpo_jax.objective import forms
@@ -56,6 +59,7 @@ class Trainer:
   learner: Learner
   reference: Reference | None
   checkpoints: Checkpointer
+  guard: guards.Guard
   evaluations: Evaluations
   log: StepLog
   console: Console
@@ -74,6 +78,7 @@ class Trainer:
           following = ahead.submit(self._generate, step + 1, self._publish(state))
           self.log.flush()
         state, record = self._learn(step, state, generated)
+        data_state = generated.data_state
         if step == start:
           assemble.compile_samplers(self.console, training=self.engine)
         waited = Stopwatch()
@@ -81,7 +86,7 @@ class Trainer:
         waited.lap("idle_s")
         clock.lap("step_s")
         self.log.defer(step, dataclasses.replace(record, seconds=record.seconds | waited.laps | clock.laps))
-        self._keep(step, state, wall_s)
+        self._keep(step, state, data_state, wall_s)
     self.log.flush()
     return state
 
@@ -94,17 +99,22 @@ class Trainer:
         self.cfg.pipeline == "one_step_off" and step + 1 < self.cfg.steps and not self.evaluations.due(step + 1)
         and not self.checkpoints.due(step + 1, last=self.cfg.steps))
 
-  def _keep(self, step: int, state: TrainState, wall_s: "WallClock") -> None:
-    """What is due after a step: an evaluation, a checkpoint."""
+  def _keep(self, step: int, state: TrainState, data_state: dict[str, Any], wall_s: "WallClock") -> None:
+    """What is due after a step: an evaluation, a checkpoint, the end of a run that no longer learns."""
     meta = lambda: {
-        "data_state": self.batches.get_state(), "config": config_lib.to_json_dict(self.cfg), "wall_s": wall_s()}
+        "data_state": data_state, "config": config_lib.to_json_dict(self.cfg), "wall_s": wall_s(),
+        "nonfinite_in_a_row": self.guard.in_a_row}
     if self.evaluations.due(step + 1):
       self.log.annotate(self.evaluations.during(step + 1, state, meta))
-    if self.checkpoints.due(step + 1, last=self.cfg.steps):
+    due = self.checkpoints.due(step + 1, last=self.cfg.steps) or self.guard.limit_reached
+    if due and self.guard.check_save(step + 1, state, last=step + 1 == self.cfg.steps):
       self.log.flush()  # A saved step is a logged step: a resumed run leaves no gap.
       self.checkpoints.wait()
       self.judge.forget_before(min(self.checkpoints.steps(), default=0))
       self.checkpoints.save(step + 1, state, meta())
+    if self.guard.limit_reached:
+      self.checkpoints.wait()
+      self.guard.check_limit(step)
 
   def _publish(self, state: TrainState) -> Any:
     """The sampler's weights, in buffers that no update consumes while rollouts run beside it."""
@@ -122,6 +132,7 @@ class Trainer:
     """
     clock = Stopwatch()
     problems, prompts = next(self.batches)
+    data_state = self.batches.get_state()
     jax.block_until_ready(params)
     clock.lap("publish_s")
 
@@ -143,7 +154,7 @@ class Trainer:
     clock.lap("grade_s")
     return Generated(
         problems, prompts, rollouts, [responses[i] for i in indices], [verdicts[i] for i in indices],
-        generation.ledger.metrics(), clock.laps)
+        generation.ledger.metrics(), clock.laps, data_state)
 
   def _learn(self, step: int, state: TrainState, generated: "Generated") -> tuple[TrainState, StepRecord]:
     """The updates of a step."""
@@ -159,23 +170,16 @@ class Trainer:
 
     # pi_old (and pi_ref) by the trainer's own forward pass, then one update per minibatch. If there is only one, its
     # forward pass gives pi_old.
-    batch, real_share = learner.make_batch(prompts, rollouts, outcome.advantage.total_BGJ)
+    on_host = jax.device_get((outcome.reward_BGJ, outcome.advantage.total_BGJ))
+    batch, real_share = learner.make_batch(prompts, rollouts, on_host[1])
     batch, gap = learner.score_old(state.params, batch)
     if self.reference is not None:
       batch = batch.replace(logp_ref_RC=self.reference.score(batch))
     jax.block_until_ready(batch)
     clock.lap("score_s")
-    updates = []
-    for minibatch in learner.split_minibatches(batch):
-      state, metrics = learner.update(state, minibatch)
-      if jax.default_backend() == "cpu":
-        jax.block_until_ready(metrics)  # On few cores, queued programs can starve each other's collectives.
-      updates.append(metrics)
+    state, updates, restored = self.guard.update(
+        step, state, learner.split_minibatches(batch), guards.suspects(rollouts, *on_host))
     state = state.replace(step=state.step + 1)
-    updates = jax.device_get(updates)
-    if cfg.learner.nonfinite == "stop":
-      for metrics in updates:
-        check_finite(metrics, step)
     clock.lap("update_s")
 
     speed = throughput.metrics(
@@ -188,7 +192,7 @@ class Trainer:
         problems=generated.problems, responses=generated.responses, reasons=[v.reason for v in generated.verdicts],
         score_BGJ=score_BGJ, rollouts=rollouts, reward_BGJ=outcome.reward_BGJ, advantage=outcome.advantage,
         updates=updates, extra=gap, objective=outcome.metrics, seconds=generated.seconds | clock.laps,
-        ledger=generated.ledger | speed | {"update/real_share": real_share})
+        ledger=generated.ledger | speed | restored | {"update/real_share": real_share})
 
   def _outcome(
       self, step: int, state: TrainState, generated: "Generated", score_BGJ: np.ndarray, finished_BGJ: np.ndarray,
@@ -209,7 +213,7 @@ class Trainer:
 class Generated:
   """The rollouts of a step with their verdicts; lists in (query, budget, rollout) order.
 
-  ledger: metrics of the rollouts.  seconds: wall time by stage.
+  ledger: metrics of the rollouts.  seconds: wall time by stage.  data_state: of the data, once these were drawn.
   """
   problems: Sequence[Problem]
   prompts: Prompts
@@ -218,6 +222,7 @@ class Generated:
   verdicts: Sequence[Verdict]
   ledger: dict[str, float]
   seconds: dict[str, float]
+  data_state: dict[str, Any]
 
 
 compute_objective = jax.jit(objective.compute, static_argnames="cfg")
@@ -258,19 +263,22 @@ class WallClock:
 
 
 def first_state(
-    cfg: Config, model: assemble.Model, learner: Learner, checkpoints: Checkpointer, batches: PipelineIterator,
-) -> tuple[TrainState, int, float]:
-  """(state, first step to do, seconds spent): from the newest good checkpoint, which also moves `batches`, or fresh."""
-  load = lambda: weights.load(model.directory, model.arch, model.mesh, param_dtype=assemble.base_dtype(cfg))
+    cfg: Config, learner: Learner, checkpoints: Checkpointer, batches: PipelineIterator, load: Callable[[], Any],
+) -> tuple[TrainState, int, dict[str, Any]]:
+  """(state, first step to do, meta): from the newest good checkpoint, which also moves `batches`, or fresh.
+
+  Args:
+    load: reads the base model's weights.
+  """
   restored = checkpoints.restore_latest(
       learner.abstract_state(), check=lambda meta: run_info.check_resume(cfg, meta["config"]))
   if restored is None:
-    return learner.new_state(load()), 0, 0.0
+    return learner.new_state(load()), 0, {"wall_s": 0.0}
   state, meta = restored
   if cfg.lora.rank:
     learner.freeze(load())
   batches.set_state(meta["data_state"])
-  return state, int(state.step), meta["wall_s"]
+  return state, int(state.step), meta
 
 
 @distributed.on_every_host
@@ -291,7 +299,9 @@ def main(cfg: Config, workdir: str) -> None:
     judge = stack.enter_context(Judge(cfg, root / "verdicts"))
     checkpoints = stack.enter_context(Checkpointer(root / "checkpoints", cfg.checkpoint))
     batches = iter(data)
-    state, start, wall_s.earlier_s = first_state(cfg, model, learner, checkpoints, batches)
+    load = lambda: weights.load(model.directory, model.arch, model.mesh, param_dtype=assemble.base_dtype(cfg))
+    state, start, meta = first_state(cfg, learner, checkpoints, batches, load)
+    wall_s.earlier_s = meta["wall_s"]
     run_info.write_run_json(root, cfg, model.mesh, {
         "architecture": dataclasses.asdict(model.arch), "model_origin": hub.origin(model.directory)})
     reference = None
@@ -303,11 +313,17 @@ def main(cfg: Config, workdir: str) -> None:
     console.header([*_header(cfg, model, data, len(eval_problems), start), *warnings])
     log = stack.enter_context(contextlib.closing(StepLog(cfg, root, start, console, engine.shape.n_prefix)))
 
+    guard = stack.enter_context(contextlib.closing(guards.Guard(
+        cfg, learner, checkpoints, dumps.Dumps(root / "dumps", cfg.learner.max_dumps, replay.facts(cfg, model)),
+        lambda: learner.new_state(load()), console.message, root, start)))
+    guard.in_a_row = meta.get("nonfinite_in_a_row", 0)  # Checkpoints of older versions do not count them.
+
     evaluations = stack.enter_context(Evaluations(cfg, model, learner.whole, eval_problems, judge, root, console))
     assemble.compile_samplers(console, evaluation=evaluations.runner)
     engine.prepare()  # In the background: the first step waits only for the programs that it needs.
     base = evaluations.before(start, state)
-    trainer = Trainer(cfg, model, batches, engine, judge, learner, reference, checkpoints, evaluations, log, console)
+    trainer = Trainer(
+        cfg, model, batches, engine, judge, learner, reference, checkpoints, guard, evaluations, log, console)
     state = trainer.train(state, start, wall_s)
     checkpoints.wait()
     if cfg.checkpoint.export:
@@ -350,8 +366,12 @@ def _header(cfg: Config, model: assemble.Model, data: Pipeline, n_eval: int, sta
 
 
 def cli(argv: Sequence[str] | None = None) -> None:
-  """Runs the command with these arguments; None means the process's."""
-  flags.run(main, name="train", argv=argv)
+  """Runs the command with these arguments; None means the process's. With --replay it is `hbpo_jax.replay`."""
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  if replay.is_asked(arguments):
+    replay.cli(arguments)
+  else:
+    flags.run(main, name="train", argv=arguments)
 
 
 if __name__ == "__main__":

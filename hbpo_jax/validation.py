@@ -34,7 +34,7 @@ CHOICES = {
     "optimizer.first_moment_dtype": ("float32", "bfloat16"),
     "optimizer.second_moment": ("full", "factored"),
     "learner.attention_kernel": ("auto", "xla", "splash", "cudnn"),
-    "learner.nonfinite": ("skip", "stop"),
+    "learner.nonfinite": ("skip", "rollback", "stop"),
     "eval.best": ("accuracy", "tokens", "none"),
 }
 
@@ -48,6 +48,7 @@ _AT_LEAST = {
     "reward.max_response_tokens": 1,
     "optimizer.warmup_updates": 0,
     "learner.minibatches": 1, "learner.microbatch_rows": 0, "learner.row_tokens": 0, "learner.logprob_chunk": 1,
+    "learner.max_nonfinite": 0, "learner.max_dumps": 0,
     "lora.rank": 0, "distributed.num_processes": 0, "distributed.process_id": -1, "distributed.timeout_s": 1,
     "mesh.data": 1, "mesh.tensor": 1, "mesh.rollout_tensor": 0, "mesh.rollout_devices": 0,
     "grading.workers": 0, "grading.memory_mib": 256,
@@ -109,6 +110,9 @@ _INTERVALS = {
     "alarms.truncated": _FRACTION,
     "alarms.timeouts": _FRACTION,
     "alarms.zero_variance": _FRACTION,
+    "alarms.ratio_max": _NOT_NEGATIVE,
+    "alarms.grad_spike": _NOT_NEGATIVE,
+    "alarms.sampler_gap": _FRACTION,
     "eval.best_max_tokens": _POSITIVE,
     "eval.best_min_accuracy": _FRACTION,
     "sft.learning_rate": _POSITIVE,

@@ -15,12 +15,11 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from hbpo_jax import distributed
 from hbpo_jax.config import CheckpointConfig
+from hbpo_jax.learning import survey
 from hbpo_jax.structs import TrainState
 
 ITEMS = ("state", "meta")
@@ -289,27 +288,7 @@ def fingerprint(tree: Any) -> dict[str, int]:
 
 @jax.jit
 def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
-  return [_checksum(x) for x in arrays]
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-  if x.dtype == jnp.bool_:
-    bits = x.astype(jnp.uint32)
-  else:
-    # Types wider than 32 bits gain a trailing axis of 32-bit words.
-    width = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
-    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-  # The position is summed from one iota per axis: flattening would gather a sharded array.
-  position = jnp.zeros((), jnp.uint32)
-  for axis, length in enumerate(bits.shape):
-    position = position * np.uint32(length % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-  return jnp.sum(_mix(bits + np.uint32(0x9E3779B9) * (position + 1)), dtype=jnp.uint32)
-
-
-def _mix(h: jax.Array) -> jax.Array:
-  h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
-  h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
-  return h ^ (h >> 16)
+  return [survey.checksum(x) for x in arrays]
 
 
 def fingerprint_files(folder: str | os.PathLike) -> str:

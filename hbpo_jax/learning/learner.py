@@ -17,7 +17,7 @@ import optax
 
 from hbpo_jax import structs
 from hbpo_jax.config import Config, LossConfig
-from hbpo_jax.learning import optimizer, packing, scoring
+from hbpo_jax.learning import optimizer, packing, scoring, survey
 from hbpo_jax.learning.scoring import batch_logps, chunked_logps, score  # noqa: F401  (the room's front door)
 from hbpo_jax.models import decoder, kernels, lora, sharding
 from hbpo_jax.models.architecture import Architecture
@@ -26,6 +26,7 @@ from hbpo_jax.objective import memory as memory_lib
 from hbpo_jax.structs import Batch, Prompts, Rollouts, TrainState
 
 _PARTS = 16  # Micro-batches of a packed minibatch, if all of its rows were used.
+_NO = np.float32(0)
 Metrics = dict[str, jax.Array]
 # What one forward-backward returns: (token-mean loss [], its sums).
 LossFunction = Callable[[Any, Batch, jax.Array], tuple[jax.Array, loss.LossSums]]
@@ -98,18 +99,20 @@ def grads(
 
 
 def apply(
-    state: TrainState, gradient: Any, mean_loss: jax.Array, tx: optax.GradientTransformation
+    state: TrainState, gradient: Any, mean_loss: jax.Array, tx: optax.GradientTransformation,
+    skip: jax.Array | float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-  """One optimizer update; where the loss or the gradient norm is not finite, the state as it was.
+  """One optimizer update; where the loss or the gradient norm is not finite, or with `skip`, the state as it was.
 
   Args:
     gradient: float32, like params.
     mean_loss: float32 [].
+    skip: float32 [], 1 = skip the update, 0 = decide by the numbers.
   Returns:
     (state, metrics): grad_norm before clipping, and nonfinite, 1 if the update was skipped, else 0.
   """
   norm = optax.tree.norm(gradient)
-  finite = jnp.isfinite(mean_loss) & jnp.isfinite(norm)
+  finite = jnp.isfinite(mean_loss) & jnp.isfinite(norm) & (skip == 0)
   # The optimizer works in float32 even when the weights are stored in bfloat16.
   master = jax.tree.map(lambda p: p.astype(jnp.float32), state.params)
   updates, opt_state = tx.update(gradient, state.opt_state, master)
@@ -134,22 +137,6 @@ def sampler_gap(batch: Batch, cfg: LossConfig) -> Metrics:
   mask_RC = batch.completion_mask_RC
   n_tokens = jnp.maximum(jnp.sum(mask_RC, dtype=jnp.float32), 1.0)
   return loss.gap_sums(batch.logp_old_RC, batch.logp_sampler_RC, mask_RC, cfg).metrics(n_tokens)
-
-
-def check_finite(metrics: dict[str, Any], step: int) -> None:
-  """Raises for a skipped update; for learner.nonfinite='stop', on the host, once the metrics are there.
-
-  Args:
-    metrics: of `Learner.update`.
-    step: the rollout batch they belong to.
-  Raises:
-    FloatingPointError: when the loss or the gradient norm is not finite; names the step and the metric.
-  """
-  for name in ("loss", "grad_norm"):
-    if not math.isfinite(value := float(metrics[name])):
-      raise FloatingPointError(
-          f"step {step}: {name} is {value}; the update was not applied. Lower optimizer.learning_rate, "
-          "or set learner.nonfinite='skip' to go on without such updates.")
 
 
 class Learner:
@@ -203,7 +190,7 @@ class Learner:
         functools.partial(f, arch=arch, cfg=cfg, shards=self.shards, kernel=self.kernel)
         for f in (policy_loss, supervised_loss))
     jit_update = functools.partial(
-        jax.jit, donate_argnums=0, in_shardings=(self.state_shardings, self._rows, None, self._base_shardings),
+        jax.jit, donate_argnums=0, in_shardings=(self.state_shardings, self._rows, None, self._base_shardings, whole),
         out_shardings=(self.state_shardings, whole))
     self._init_opt = jax.jit(self._init_opt_traced, out_shardings=self.state_shardings.opt_state)
     self._score = jax.jit(
@@ -214,6 +201,9 @@ class Learner:
     self._update = jit_update(functools.partial(self._update_traced, policy, self.micro_rows))
     self._sft_update = jit_update(functools.partial(
         self._update_traced, lambda p, b, n, _: supervised(p, b, n), self._sft_micro_rows))
+    self._survey = jax.jit(
+        functools.partial(self._survey_traced, policy),
+        in_shardings=(self.param_shardings, self._rows, None, self._base_shardings), out_shardings=whole)
     self._split = jax.jit(self._split_traced, in_shardings=self._rows, out_shardings=self._rows)
     self._gap = jax.jit(functools.partial(sampler_gap, cfg=cfg.loss), in_shardings=self._rows, out_shardings=whole)
 
@@ -329,12 +319,16 @@ class Learner:
     with jax.set_mesh(self.mesh):
       return self._split(self.place(batch))
 
-  def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  def update(
+      self, state: TrainState, batch: Batch, skip: jax.Array | np.float32 = _NO,
+  ) -> tuple[TrainState, Metrics]:
     """One policy update from one minibatch. The given state is consumed (donated).
 
     Args:
       batch: advantage_RC and, with several updates per batch, logp_old_RC set; logp_ref_RC if kl_coef is not 0,
         logp_sampler_RC if importance_cap is or logp_old_RC is not.
+      skip: float32 [], 1 = leave the state as it is. With the `nonfinite` of the update before, all that follow one
+        that was skipped are skipped too, without a look of the host.
     Returns:
       (state, metrics), metrics on the device, float32 []: loss, policy_loss, kl_ref, clip_fraction_low, _high, _dual,
       ratio_mean, ratio_max, approx_kl, importance_mean, grad_norm (before clipping), lr, tokens, nonfinite; and those
@@ -342,14 +336,20 @@ class Learner:
     Raises:
       ValueError: when an array that the settings need is None.
     """
-    cfg, own = self.cfg.loss, batch.logp_old_RC is None
-    if own and self.cfg.learner.minibatches > 1:
+    if batch.logp_old_RC is None and self.cfg.learner.minibatches > 1:
       raise ValueError("batch.logp_old_RC is None; score the batch before the first of its updates.")
-    batch = batch.replace(
-        logp_ref_RC=batch.logp_ref_RC if cfg.kl_coef != 0 else None,
-        logp_sampler_RC=batch.logp_sampler_RC if own or cfg.importance_cap is not None else None)
+    batch = self.place(self._policy_fields(batch))
     with jax.set_mesh(self.mesh):
-      return self._update(state, self.place(batch), self.cfg.rollout.temperature, self._base)
+      return self._update(state, batch, self.cfg.rollout.temperature, self._base, skip)
+
+  def survey_gradient(self, params: Any, batch: Batch) -> Any:
+    """`survey.arrays` of the gradient of `update`, like params; a program of its own, compiled when it is first asked.
+
+    The gradient itself never leaves the program.
+    """
+    batch = self.place(self._policy_fields(batch))
+    with jax.set_mesh(self.mesh):
+      return self._survey(params, batch, self.cfg.rollout.temperature, self._base)
 
   def sft_update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One supervised update on the tokens of completion_mask_RC. The given state is consumed (donated).
@@ -363,8 +363,16 @@ class Learner:
       batch = packing.pack_rows(
           batch, micro_rows=self._sft_micro_rows, shards=self.shards, row_tokens=self.cfg.learner.row_tokens)
     with jax.set_mesh(self.mesh):
-      state, metrics = self._sft_update(state, self.place(scoring.forward_fields(batch)), 1.0, self._base)
+      state, metrics = self._sft_update(state, self.place(scoring.forward_fields(batch)), 1.0, self._base, _NO)
     return state, {name: metrics[name] for name in ("loss", "grad_norm", "lr", "tokens", "nonfinite")}
+
+  def _policy_fields(self, batch):
+    """The batch without what a policy update does not read."""
+    cfg = self.cfg.loss
+    return batch.replace(
+        logp_ref_RC=batch.logp_ref_RC if cfg.kl_coef != 0 else None,
+        logp_sampler_RC=batch.logp_sampler_RC
+        if batch.logp_old_RC is None or cfg.importance_cap is not None else None)
 
   def _init_opt_traced(self, params):
     return self._tx.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
@@ -387,16 +395,22 @@ class Learner:
     rows = batch.tokens_RT.shape[0] // n
     return tuple(jax.tree.map(lambda x, i=i: x[i * rows:(i + 1) * rows], batch) for i in range(n))
 
-  def _update_traced(self, loss_fn, micro_rows, state, batch, temperature, base):
+  def _gradient(self, loss_fn, micro_rows, params, batch, temperature, base):
     n_micro = scoring.count_micro_batches(batch.tokens_RT.shape[0], micro_rows, self.shards)
-    gradient, sums, n_tokens = grads(
-        lambda params, micro, n: loss_fn(self._network(params, base), micro, n, temperature), state.params, batch,
+    return grads(
+        lambda params, micro, n: loss_fn(self._network(params, base), micro, n, temperature), params, batch,
         n_micro=n_micro, shards=self.shards, shardings=self.param_shardings)
+
+  def _survey_traced(self, loss_fn, params, batch, temperature, base):
+    return survey.arrays(self._gradient(loss_fn, self.micro_rows, params, batch, temperature, base)[0])
+
+  def _update_traced(self, loss_fn, micro_rows, state, batch, temperature, base, skip):
+    gradient, sums, n_tokens = self._gradient(loss_fn, micro_rows, state.params, batch, temperature, base)
     metrics = loss.mean_metrics(sums, jnp.maximum(n_tokens, 1.0)) | {
         "lr": self.schedule(state.update), "tokens": n_tokens}
     if batch.logp_old_RC is None and batch.logp_sampler_RC is not None:
       metrics |= sums.gap.metrics(jnp.maximum(n_tokens, 1.0))
-    state, applied = apply(state, gradient, metrics["loss"], self._tx)
+    state, applied = apply(state, gradient, metrics["loss"], self._tx, skip)
     return state, metrics | applied
 
 

@@ -40,7 +40,7 @@ def lower(job: Job, name: str) -> Any:
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, compute, sharding=x.sharding), params)
   with jax.set_mesh(job.mesh):
     if name == "update":
-      return learner._update.lower(state, batch, temperature, None)
+      return learner._update.lower(state, batch, temperature, None, 0.0)
     return learner._score.lower(params, batch, temperature, None)
 
 

@@ -13,6 +13,7 @@ import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
+import statistics
 from typing import Any
 
 from hbpo_jax.config import AlarmConfig
@@ -40,8 +41,10 @@ class Watch:
   """
 
   def __init__(self, thresholds: AlarmConfig, budgets: Sequence[int]):
-    self._signals: list[_Signal | _NonfiniteSignal] = [
+    self._signals: list[_Signal | _SpikeSignal | _NonfiniteSignal] = [
         _Signal(rule, thresholds, budgets) for rule in _RULES if getattr(thresholds, rule.threshold)]
+    if thresholds.grad_spike:
+      self._signals.append(_SpikeSignal(thresholds.window, thresholds.grad_spike))
     if thresholds.nonfinite:
       self._signals.append(_NonfiniteSignal(thresholds.window))
     self._alarms: list[Alarm] = []
@@ -108,6 +111,7 @@ class _Limit:
 
 
 _ABOVE = _Limit(lambda threshold, compared, margin: threshold * (1 - margin))
+_ABOVE_LOGARITHM = _Limit(lambda threshold, compared, margin: math.log(threshold * (1 - margin)))
 _ABOVE_FACTOR = _Limit(lambda threshold, compared, margin: threshold * compared * (1 - margin), against="start")
 _BELOW_SHARE = _Limit(
     lambda threshold, compared, margin: threshold * compared * (1 + margin), below=True, against="start")
@@ -183,6 +187,33 @@ class _Signal:
     return _Verdict(mean > limit, mean < back, mean, limit, text)
 
 
+class _SpikeSignal:
+  """The gradient norm against the median of the window before: above it by the factor raises the alarm at once, a whole
+  window without ends it. The median does not follow a spike, and follows a new level."""
+  kind = "grad_spike"
+
+  def __init__(self, window: int, factor: float):
+    self._factor, self._window = factor, window
+    self._recent: collections.deque[float] = collections.deque(maxlen=window)
+    self._beyond: collections.deque[bool] = collections.deque(maxlen=window)
+
+  def observe(self, row: Mapping[str, Any]) -> _Verdict | None:
+    """The verdict on this row; None while the window is not full, or where the row lacks the number."""
+    value = _number(row, "update/grad_norm")
+    if value is None:
+      return None
+    before = list(self._recent)
+    self._recent.append(value)
+    if len(before) < self._window or not (median := statistics.median(before)):
+      return None
+    limit = self._factor * median
+    self._beyond.append(value > limit)
+    return _Verdict(value > limit, not any(self._beyond), value, limit, (
+        f"The gradient norm jumped to {value:.3g}, more than {self._factor:g} times {median:.3g}, the median of the "
+        f"{self._window} rows before; the update was clipped to optimizer.clip_norm, and if this comes again, lower "
+        "optimizer.learning_rate or look at those responses in samples.jsonl."))
+
+
 class _NonfiniteSignal:
   """Updates with a non-finite loss or gradient: any raises the alarm at once, a whole window without ends it."""
   kind = "nonfinite"
@@ -197,8 +228,9 @@ class _NonfiniteSignal:
       return None
     self._recent.append(value)
     return _Verdict(value > 0, sum(self._recent) == 0, value, 0.0, (
-        f"{value:.0f} updates of this step had a non-finite loss or gradient, where there should be none; lower "
-        "optimizer.learning_rate, or set model.compute_dtype=float32 to see whether precision is the cause."))
+        f"{value:.0f} updates of this step were not finite, where there should be none; incidents.jsonl says in which "
+        "tensor it began: lower optimizer.learning_rate, or set model.compute_dtype=float32 to see whether precision "
+        "is the cause."))
 
 
 def _number(row: Mapping[str, Any], tag: str) -> float | None:
@@ -210,6 +242,16 @@ def _number(row: Mapping[str, Any], tag: str) -> float | None:
 def _clip_share(row: Mapping[str, Any], budgets: Sequence[int]) -> float | None:
   low, high = (_number(row, f"update/clip_fraction_{side}") for side in ("low", "high"))
   return None if low is None or high is None else low + high
+
+
+def _log_ratio_max(row: Mapping[str, Any], budgets: Sequence[int]) -> float | None:
+  """A logarithm, so that one row does not outweigh a window of others."""
+  value = _number(row, "update/ratio_max")
+  return math.log(value) if value is not None and value > 0 else None
+
+
+def _sampler_gap(row: Mapping[str, Any], budgets: Sequence[int]) -> float | None:
+  return _number(row, "sampler/sampler_outside_clip")
 
 
 def _sentence_logp(row: Mapping[str, Any], budgets: Sequence[int]) -> float | None:
@@ -253,6 +295,13 @@ _RULES = (
     _Rule("clipping", "clip_share", _clip_share, _ABOVE, (
         "{value:.0%} of the tokens are clipped ({over}), more than {limit:.0%}: updates go further than the loss can "
         "follow; lower optimizer.learning_rate, learner.minibatches or advantage.intra_coef.")),
+    _Rule("ratio", "ratio_max", _log_ratio_max, _ABOVE_LOGARITHM, (
+        "Some tokens became e^{value:.1f} times as likely within a step ({over}), more than {threshold:g} times: "
+        "updates leave the policy that their data come from; lower optimizer.learning_rate or learner.minibatches.")),
+    _Rule("sampler_gap", "sampler_gap", _sampler_gap, _ABOVE, (
+        "For {value:.0%} of the tokens sampler and trainer differ by more than the clip ({over}), more than "
+        "{limit:.0%}: the data are those of another policy; set loss.importance_cap=2.0, or "
+        "model.compute_dtype=float32 to see whether precision is the cause.")),
     _Rule("truncation", "truncated", _tag("truncated"), _ABOVE, (
         "{value:.0%} of the responses are truncated ({over}), more than {limit:.0%}, and count as wrong; raise "
         "rollout.caps or reward.max_response_tokens.")),

@@ -33,7 +33,7 @@ def temporaries(program, *, n_vocab, n_columns, n_rows=8, chunk=CHUNK):
     if program == "score":
       lowered = made._score.lower(made.abstract_state().params, Batch(*forward), 1.0, None)
     else:
-      lowered = made._update.lower(made.abstract_state(), Batch(*forward, **losses), 1.0, None)
+      lowered = made._update.lower(made.abstract_state(), Batch(*forward, **losses), 1.0, None, 0.0)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 

@@ -63,7 +63,7 @@ def test_scoring(micro, pack):
 def test_an_update(remat):
   cfg = make_cfg(model=ModelConfig(compute_dtype="float32", remat=remat))
   job = make_job(cfg, arch=dataclasses.replace(tiny.ARCH, n_layers=3))
-  program = job.learner._update.trace(job.state, job.batch(job.minibatch_rows, scored=True), 1.0, None).jaxpr.jaxpr
+  program = job.learner._update.trace(job.state, job.batch(job.minibatch_rows, scored=True), 1.0, None, 0.0).jaxpr.jaxpr
   counted = counts.learn(job, 3, backward=True).flops
   assert counted == pytest.approx(matmul_flops(program, loops(job, 3)), rel=1e-9)
 

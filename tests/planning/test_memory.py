@@ -91,7 +91,7 @@ def test_arguments_are_those_of_the_compiled_programs():
   job = make_job(n_devices=8)
   batch = job.batch(job.minibatch_rows, scored=True)
   with jax.set_mesh(job.mesh):
-    compiled = job.learner._update.lower(job.state, batch, 1.0, None).compile()
+    compiled = job.learner._update.lower(job.state, batch, 1.0, None, 0.0).compile()
   # The temperature and the step's counters.
   assert 0 <= compiled.memory_analysis().argument_size_in_bytes - memory.arguments(job, "update") <= 64
 

@@ -30,7 +30,7 @@ def healthy(step, **changes):
   row = {
       "step": step, "length_spread": 100.0, "entropy": 0.5, "update/clip_fraction_low": 0.05,
       "update/clip_fraction_high": 0.05, "truncated": 0.02, "timeout": 0.0, "update/nonfinite": 0.0,
-      "zero_variance": 0.3}
+      "zero_variance": 0.3, "update/ratio_max": 2.0, "update/grad_norm": 0.5, "sampler/sampler_outside_clip": 0.01}
   for b in BUDGETS:
     row |= {f"budget_{b}/sentence_probability": 0.3, f"budget_{b}/sentence_logp": -1.5}
   return row | changes
@@ -47,6 +47,8 @@ TROUBLE = {
     "truncation": ({"truncated": 0.6}, 0.6, 0.25),
     "timeouts": ({"timeout": 0.05}, 0.05, 0.01),
     "no_signal": ({"zero_variance": 1.0}, 1.0, 0.9),
+    "ratio": ({"update/ratio_max": 1e4}, math.log(1e4), math.log(100)),
+    "sampler_gap": ({"sampler/sampler_outside_clip": 0.3}, 0.3, 0.1),
     "nonfinite": ({"update/nonfinite": 2.0}, 2.0, 0.0),
 }
 
@@ -73,7 +75,7 @@ def test_sentences_say_what_was_seen_against_what_and_name_a_setting(kind):
   run = [healthy(s, **(TROUBLE[kind][0] if s >= 20 else {})) for s in range(40)]
   (alarm,) = alarms.history(run, SHORT, BUDGETS)
   assert alarm.text.count(". ") == 0 and alarm.text.endswith(".") and len(re.findall(r"\d", alarm.text)) >= 2
-  names = re.findall(r"\b[a-z]+\.[a-z_]+\b(?!\.)", alarm.text.replace("samples.jsonl", ""))
+  names = re.findall(r"\b[a-z]+\.[a-z_]+\b(?!\.)", re.sub(r"\w+\.jsonl", "", alarm.text))
   assert names and all(name in config.field_table() for name in names)
   assert "{" not in alarm.text
 
@@ -175,6 +177,29 @@ def test_a_non_finite_update_rings_at_once_and_until_a_window_without():
   assert spans(found) == [("nonfinite", 1, 8), ("nonfinite", 10, None)]
 
 
+SPIKE = {"update/grad_norm": 30.0}
+
+
+def test_a_gradient_spike_rings_at_once_against_the_median_before_it():
+  run = [healthy(s, **(SPIKE if s in (20, 22) else {})) for s in range(60)]
+  (alarm,) = alarms.history(run, SHORT, BUDGETS)
+  assert (alarm.kind, alarm.step, alarm.cleared_step) == ("grad_spike", 20, 26)
+  assert (alarm.value, alarm.limit) == (30.0, 5.0)
+  assert "30, more than 10 times 0.5" in alarm.text and "optimizer.learning_rate" in alarm.text
+  # Up to the factor nothing rings, nor with the threshold off, nor without a window to compare with.
+  below = [healthy(s, **({"update/grad_norm": 5.0} if s == 20 else {})) for s in range(60)]
+  assert alarms.history(below, SHORT, BUDGETS) == []
+  assert alarms.history(run, dataclasses.replace(SHORT, grad_spike=0.0), BUDGETS) == []
+  assert alarms.history([healthy(s, **(SPIKE if s == 3 else {})) for s in range(20)], SHORT, BUDGETS) == []
+
+
+def test_the_median_follows_a_new_level_and_has_nothing_to_say_of_zeros():
+  level = alarms.history([healthy(s, **(SPIKE if s >= 20 else {})) for s in range(60)], SHORT, BUDGETS)
+  assert spans(level) == [("grad_spike", 20, 25)]
+  zeros = [healthy(s, **{"update/grad_norm": 1.0 if s == 20 else 0.0}) for s in range(40)]
+  assert alarms.history(zeros, SHORT, BUDGETS) == []
+
+
 def test_a_resumed_watch_is_as_if_it_had_never_stopped(tmp_path):
   run = []
   for step in range(80):
@@ -203,6 +228,7 @@ def test_a_resumed_watch_is_as_if_it_had_never_stopped(tmp_path):
     ("exploration", {"length_spread": 0.0}), ("sentence", {"sentence_drop": 0.0}),
     ("entropy_low", {"entropy_low": 0.0}), ("entropy_high", {"entropy_high": 0.0}),
     ("clipping", {"clip_share": 0.0}), ("truncation", {"truncated": 0.0}),
+    ("ratio", {"ratio_max": 0.0}), ("sampler_gap", {"sampler_gap": 0.0}),
     ("timeouts", {"timeouts": 0.0}), ("no_signal", {"zero_variance": 0.0}), ("nonfinite", {"nonfinite": False})])
 def test_each_can_be_turned_off(kind, off):
   run = [healthy(s, **(TROUBLE[kind][0] if s >= 20 else {})) for s in range(60)]

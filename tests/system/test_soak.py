@@ -1,0 +1,30 @@
+"""A long run holds at its end what it held near its beginning."""
+
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+from tests.system import runs
+
+STEPS, EVERY = 2000, 100
+SETTLED = 5  # Rows after which caches, pools and background threads are what they stay.
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_hold_no_more_than_five_hundred(tmp_path):
+  done = subprocess.run(
+      [sys.executable, "-m", "tests.system.soak", f"--steps={STEPS}", f"--every={EVERY}", f"--out={tmp_path}"],
+      env=runs.environment(), cwd=runs.environment()["PYTHONPATH"], capture_output=True, text=True, timeout=3600)
+  assert done.returncode == 0, done.stderr
+  rows = runs.rows(tmp_path / "holdings.jsonl")
+  assert [row["step"] for row in rows] == list(range(EVERY, STEPS + 1, EVERY))
+  settled = rows[SETTLED - 1:]
+  for name in ("compiled", "arrays", "array_bytes", "files", "threads", "children"):
+    assert len({row[name] for row in settled}) == 1, f"{name}: {[row[name] for row in rows]}"
+  # The allocator and Python's collector give and take; a leak of 1 KiB per step would be 1.5 MiB.
+  early, late = (statistics.median(row["rss_kib"] for row in part) for part in (settled[:5], settled[-5:]))
+  assert late - early < 4 * 1024, f"resident memory: {[row['rss_kib'] for row in rows]}"
+  early, late = (statistics.median(row["objects"] for row in part) for part in (settled[:5], settled[-5:]))
+  assert late - early < 1000, f"Python objects: {[row['objects'] for row in rows]}"
