@@ -101,6 +101,11 @@ COMMANDS: dict[str, Command] = {
                 "Assumed mean length of a prompt; default: a quarter of data.max_prompt_tokens."),
          Option("jobs", "N", "Programs compiled at a time; default: 1.")),
         needs_workdir=False),
+    "replay": Command(
+        "Repeat an update that was not finite, from its dump alone, and show where it goes wrong.",
+        options=(Option("config.FIELD", "VALUE", "Change one of the dump's settings, to see what helps."),
+                 Option("traceback", "", "Show where an error was raised.")),
+        arguments="RUN/dumps/NAME"),
     "study": Command(
         "Compare methods over seeds at equal compute; the same command again does what is left.",
         options=(

@@ -7,11 +7,15 @@ Exit code 0 when every number is that of the dump bit for bit, 1 when one differ
 settings are the dump's; --config.field=value changes one, for example model.compute_dtype=float32, to see what helps.
 """
 
+from hbpo_jax import flags
+
+if __name__ == "__main__":
+  flags.show_help("replay")  # Before the imports below, which take seconds.
+
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 import sys
-import traceback
 from typing import Any
 
 from absl import flags as absl_flags
@@ -19,7 +23,7 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from hbpo_jax import assemble, config, flags, run_info, validation, versions
+from hbpo_jax import assemble, config, run_info, validation, versions
 from hbpo_jax.config import Config, MeshConfig
 from hbpo_jax.learning import dumps, guards, survey
 from hbpo_jax.learning.learner import Learner
@@ -226,19 +230,10 @@ def cli(argv: Sequence[str] | None = None) -> None:
     SystemExit: 0 when the update was reproduced bit for bit, 1 when not, 2 after an error of the user's.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
-  if any(a in ("-h", "--help") for a in arguments):
-    print(__doc__)
-    sys.exit(0)
-  try:
+  flags.show_help("replay", arguments)
+  with flags.one_line_errors(arguments):
     assemble.keep_compiled_programs()
     same = run(*parse(arguments))
-  except (ValueError, OSError) as error:
-    if not flags.is_meant_for_user(error):
-      raise
-    if flags.wants_traceback(arguments):
-      traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   sys.exit(0 if same else 1)
 
 
