@@ -3,12 +3,14 @@
 import importlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 from typing import Any
 
 MACHINE, DRIVE = "this machine", "Google Drive"
 _DRIVE, _BUCKETS = pathlib.Path("/content/drive"), pathlib.Path("/content/gcs")
+_BUCKET = re.compile(r"gs://([a-z0-9][a-z0-9._-]+)(?:/+(.*))?")
 _INSTALL_GCSFUSE = """
 set -e
 site=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
@@ -51,9 +53,8 @@ def open_workdir(name: str, storage: str = MACHINE) -> str:
   elif storage == DRIVE:
     _needed("drive", storage).mount(str(_DRIVE))
     root = _DRIVE / "MyDrive" / "hbpo_jax"
-  elif storage.startswith("gs://") and storage.strip("/") != "gs:":
-    bucket, _, folder = storage.removeprefix("gs://").partition("/")
-    root = _mount_bucket(bucket) / folder
+  elif found := _BUCKET.fullmatch(storage):
+    root = _mount_bucket(found[1]) / (found[2] or "")
   else:
     raise ValueError(f"storage={storage!r} is not understood; give {MACHINE!r}, {DRIVE!r} or gs://BUCKET.")
   workdir = root / name

@@ -71,7 +71,8 @@ def train(*arguments: str, workdir: str | os.PathLike, poll_s: float = 2.0) -> N
   """
   job = _start("train", [*arguments, f"--workdir={workdir}"], workdir)
   root = pathlib.Path(workdir)
-  handle = display.display(display.HTML("starting ..."), display_id=True)
+  handle = display.DisplayHandle()
+  handle.display(display.HTML("starting ..."))
   shown, drawn, picture = "", [], ""
 
   def show() -> None:
