@@ -112,6 +112,14 @@ def test_a_second_start_appends_to_the_log_and_shows_its_own_part(tmp_path):
   assert finished(tmp_path, "pass").exit_code == 0, "not that of the one before"
 
 
+def test_a_killed_job_has_no_exit_code_of_the_one_before(tmp_path):
+  assert finished(tmp_path, "pass").exit_code == 0
+  job = jobs.start(WAITS, tmp_path, "job")
+  until(lambda: "waiting" in job.output())
+  job.stop(grace_s=10)
+  assert job.exit_code is None
+
+
 def test_a_job_that_was_never_started_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="started no train in .*start it"):
     jobs.find(tmp_path, "train")

@@ -195,8 +195,9 @@ def test_the_tpu_notebook_survives_interrupt_and_loss_of_the_machine(tmp_path, m
   pytest.importorskip("nbclient", reason="needs the extra test")
   monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # Where the kernel's jobs are known.
   checkpoints.make_checkpoint(tmp_path / "model", "qwen3", hidden=32, tie=True)
-  for name in ("train", "test"):
-    rows = [{"id": f"{name}/{i}", "problem": p, "answer": a, "source": "made up"} for i, (p, a) in enumerate(GSM8K)]
+  for name, opening in (("train", ""), ("test", "Think. ")):  # Problems of the evaluation are not trained on.
+    rows = [{"id": f"{name}/{i}", "problem": opening + p, "answer": a, "source": "made up"}
+            for i, (p, a) in enumerate(GSM8K)]
     (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   more = runs.settings(tmp_path) | {
       "data.source": tmp_path / "train.jsonl", "data.eval_source": tmp_path / "test.jsonl", "data.n_eval": 8,

@@ -58,10 +58,10 @@ def row(step: int, **more) -> dict:
 
 
 def test_run_prints_what_the_command_prints(program, tmp_path, capsys):
-  program('printf "%s\\n" "$@"; printf "\\033[2Jπ half"; sleep 0.3; echo " and whole"; echo end >&2')
+  program('printf "%s\\n" "$@"; printf "\\033[2Jhalf a \\317"; sleep 0.3; printf "\\200\\n"; echo end >&2')
   notebook.run("plan", "--config=smoke", workdir=tmp_path / "it", poll_s=0.02)
   assert capsys.readouterr().out.splitlines() == [
-      "-m", "hbpo_jax.plan", "--config=smoke", f"--workdir={tmp_path}/it", "\\x1b[2Jπ half and whole", "end"]
+      "-m", "hbpo_jax.plan", "--config=smoke", f"--workdir={tmp_path}/it", "\\x1b[2Jhalf a π", "end"]
   assert (tmp_path / "it" / "logs" / "plan.log").is_file()
 
 
@@ -91,11 +91,13 @@ def test_a_command_that_is_stopped_ends_the_cell(program, tmp_path, capsys):
 
 def test_an_interrupt_stops_the_view_and_not_the_command(program, tmp_path, monkeypatch):
   program("echo started; exec sleep 600")
-  sleeps = []
+  sleeps, sleep = [], time.sleep
 
   def interrupted(seconds):
     sleeps.append(seconds)
-    raise KeyboardInterrupt
+    if len(sleeps) == 1:
+      raise KeyboardInterrupt
+    sleep(seconds)
 
   monkeypatch.setattr(notebook.time, "sleep", interrupted)
   with pytest.raises(notebook.CellError, match="Only the view is stopped: hbpo_jax.train goes on"):
@@ -140,7 +142,9 @@ def test_numbers_that_a_row_lacks_are_left_out():
 
 
 def test_only_the_last_lines_and_the_alarms_are_shown():
-  text = notebook.progress([], 2, "\n".join(f"line {i}" for i in range(50)) + "\nbar 10%\rbar 90%\n\n", 0.0)
+  lines = ["! early alarm", *(f"line {i}" for i in range(50)), "bar 10%\rbar 90%\n\n"]
+  text = notebook.progress([], 2, "\n".join(lines), 0.0)
+  assert "! early alarm" in text
   assert "line 48" in text and "line 49" in text and "line 47" not in text and "bar 90%" in text
 
 
