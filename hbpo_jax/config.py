@@ -57,7 +57,8 @@ class SyntheticConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Problems to train on and to evaluate with."""
-  source: str = setting("synthetic", "'synthetic', a JSON Lines file, or 'tfds:NAME[/CONFIG]'.")
+  source: str = setting(
+      "synthetic", "'synthetic', a JSON Lines file, 'tfds:NAME[/CONFIG]', or FILE.py:function, which returns the rows.")
   split: str = setting("train", "TFDS split.")
   data_dir: str = setting("", "TFDS data directory; empty means the TFDS default.")
   eval_source: str = setting("", "Problems of the before/after evaluation; empty means held out from `source`.")
@@ -117,7 +118,8 @@ class RewardConfig:
   max_response_tokens: int = setting(4096, "L_max: a longer response earns nothing.")
   unfinished_reward: float = setting(0.0, "Reward without '</think>' or box; the release uses -1.")
   grader: str = setting(
-      "", "Dotted path of a function (responses, problems) -> numbers in [0, 1]; empty means built-in maths grading.")
+      "", "Function (responses, problems) -> numbers in [0, 1], as package.module.function or FILE.py:function; empty "
+      "means built-in maths grading.")
 
 
 @dataclasses.dataclass(frozen=True)
