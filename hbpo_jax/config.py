@@ -68,7 +68,8 @@ class SyntheticConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Problems to train on and to evaluate with."""
-  source: str = setting("synthetic", "'synthetic', a JSON Lines file, or 'tfds:NAME[/CONFIG]'.")
+  source: str = setting(
+      "synthetic", "'synthetic', a JSON Lines file, 'tfds:NAME[/CONFIG]', or FILE.py:function, which returns the rows.")
   split: str = setting("train", "TFDS split.")
   data_dir: str = setting("", "TFDS data directory; empty means the TFDS default.")
   eval_source: str = setting("", "Problems of the before/after evaluation; empty means held out from `source`.")
@@ -154,7 +155,8 @@ class RewardConfig:
   balance: float = setting(0.5, "autothink: share of responses in a mode above which its rewards fall.")
   balance_slope: float = setting(2.0, "autothink: how fast they fall; 0 leaves them.")
   grader: str = setting(
-      "", "Dotted path of a function (responses, problems) -> numbers in [0, 1]; empty means built-in maths grading.")
+      "", "Function (responses, problems) -> numbers in [0, 1], as package.module.function or FILE.py:function; empty "
+      "means built-in maths grading.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ Types are checked when the config is read (`hbpo_jax.config.from_config_dict`); 
 import math
 from typing import Any
 
-from hbpo_jax import config
+from hbpo_jax import config, user_code
 from hbpo_jax.objective import checks, forms
 from hbpo_jax.requirements import increasing as _increasing
 from hbpo_jax.requirements import require as _require
@@ -229,13 +229,9 @@ def _check_reward(cfg: config.Config) -> None:
   _require(cfg.rollout.rollouts_per_query > cfg.advantage.std_ddof, cfg, "advantage.std_ddof",
            f"leaves no degree of freedom with config.rollout.rollouts_per_query={cfg.rollout.rollouts_per_query}",
            "take more rollouts per query or set std_ddof=0")
-  _require(not cfg.reward.grader or _is_dotted(cfg.reward.grader), cfg, "reward.grader", "is not a dotted path",
-           "write package.module.function, or nothing for the built-in grading")
-
-
-def _is_dotted(path: str) -> bool:
-  parts = path.split(".")
-  return len(parts) > 1 and all(p.isidentifier() for p in parts)
+  _require(not cfg.reward.grader or user_code.is_name(cfg.reward.grader), cfg, "reward.grader",
+           "is not a dotted path",
+           "write package.module.function, FILE.py:function, or nothing for the built-in grading")
 
 
 def _check_text(cfg: config.Config) -> None:

@@ -1,7 +1,7 @@
-"""Where problems come from: JSON Lines files, TFDS, and the synthetic task."""
+"""Where problems come from: JSON Lines files, TFDS, functions of the user's, and the synthetic task."""
 
 import codecs
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import itertools
 import json
 import pathlib
@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from hbpo_jax import user_code
 from hbpo_jax.config import DataConfig, SyntheticConfig
 from hbpo_jax.data import choices as choices_lib
 from hbpo_jax.data import synthetic
 from hbpo_jax.data.record import Problem
 from hbpo_jax.files import parse_json
 
-__all__ = ["Problem", "load", "load_jsonl", "load_tfds", "load_train_and_eval", "split_eval"]
+__all__ = ["Problem", "load", "load_function", "load_jsonl", "load_tfds", "load_train_and_eval", "split_eval"]
 
 _REQUIRED = ("id", "problem", "answer", "source")
 _KNOWN = (*_REQUIRED, "level", "answers")
@@ -31,7 +32,7 @@ def load(
   """All problems of a source.
 
   Args:
-    source: 'synthetic', 'tfds:NAME[/CONFIG]', or the path of a JSON Lines file.
+    source: 'synthetic', 'tfds:NAME[/CONFIG]', 'FILE.py:function', or the path of a JSON Lines file.
     split: TFDS split; 'train' or 'eval' for the synthetic task; a file has none.
     data_dir: TFDS data directory; empty means the TFDS default.
     synthetic_cfg: levels and modulus of the synthetic task.
@@ -47,6 +48,8 @@ def load(
     return synthetic.problems(synthetic_cfg, seed, split, n or synthetic_cfg.n_problems)
   if source.startswith("tfds:"):
     found = load_tfds(source.removeprefix("tfds:"), split, data_dir)
+  elif user_code.is_in_file(source):
+    found = load_function(source)
   elif not source:
     raise ValueError("data.source='' is empty; give 'synthetic', a JSON Lines file, or 'tfds:NAME'.")
   else:
@@ -144,6 +147,33 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
   except (OSError, UnicodeDecodeError) as error:
     raise ValueError(
         f"data.source={str(path)!r} cannot be read ({error}); give a readable JSON Lines file in UTF-8.") from error
+
+
+def load_function(spec: str) -> list[Problem]:
+  """The problems that a function of the user's returns, which must be the same in every process and attempt of a run.
+
+  Args:
+    spec: 'FILE.py:function'; the function takes nothing and returns the rows of a JSON Lines file as dicts, in a list
+      or one by one.
+  Raises:
+    ValueError: when there is no such function, it returns no rows, or a row is not as in `load_jsonl`; names it.
+  """
+  rows = user_code.load(spec, "data.source")()
+  if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes, Mapping)):
+    raise ValueError(f"data.source={spec!r} returned {type(rows).__name__}; return a list of dicts, or yield them.")
+  found, row_of_id = [], {}
+  for number, row in enumerate(rows):
+    where = f"data.source={spec!r}, row {number}"
+    if not isinstance(row, dict):
+      raise ValueError(f"{where} is a {type(row).__name__}; return a dict for each problem.")
+    problem = _from_object(row, where)
+    if problem.id in row_of_id:
+      raise ValueError(f"{where}: id={problem.id!r} was used in row {row_of_id[problem.id]}; make the ids unique.")
+    row_of_id[problem.id] = number
+    found.append(problem)
+  if not found:
+    raise ValueError(f"data.source={spec!r} returned no problem; return at least one.")
+  return found
 
 
 def load_tfds(name: str, split: str, data_dir: str = "") -> list[Problem]:

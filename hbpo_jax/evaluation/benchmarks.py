@@ -6,6 +6,7 @@ import difflib
 import pathlib
 import re
 
+from hbpo_jax import user_code
 from hbpo_jax.config import DataConfig
 from hbpo_jax.data import choices
 from hbpo_jax.data import problems as problems_lib
@@ -46,7 +47,7 @@ def load(name_or_file: str, data_cfg: DataConfig, seed: int) -> Benchmark:
 
   Args:
     name_or_file: one of NAMES, 'tfds:NAME[/CONFIG][@SPLIT]' (data.eval_split where there is no split), a JSON Lines
-      file, or a CSV file of GPQA.
+      file, 'FILE.py:function', or a CSV file of GPQA.
     data_cfg: TFDS directory, and the synthetic task, of which data.n_eval problems are made (0 = 512).
     seed: of the synthetic task.
   Raises:
@@ -63,6 +64,8 @@ def load(name_or_file: str, data_cfg: DataConfig, seed: int) -> Benchmark:
     found = problems_lib.load_tfds(data_set, split or data_cfg.eval_split, data_cfg.data_dir)
   elif name_or_file.endswith(".csv"):
     found = choices.load_gpqa(pathlib.Path(name_or_file).expanduser())
+  elif user_code.is_in_file(name_or_file):
+    found = problems_lib.load_function(name_or_file)
   else:
     found = problems_lib.load_jsonl(pathlib.Path(name_or_file).expanduser())
   return Benchmark(name, title, tuple(found))
@@ -98,6 +101,8 @@ def _identify(given: str) -> tuple[str, str]:
     return given, NAMES[given].title
   if given.startswith(_TFDS):
     return _named(given.removeprefix(_TFDS))
+  if user_code.is_in_file(given):
+    return _named(pathlib.Path(given.rpartition(":")[0]).stem)
   path = pathlib.Path(given).expanduser()
   if not path.is_file():
     near = difflib.get_close_matches(given.lower(), NAMES, n=3)

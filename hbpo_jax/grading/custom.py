@@ -1,10 +1,10 @@
-"""Graders of the user's own, named by a dotted path in `reward.grader`."""
+"""Graders of the user's own, named in `reward.grader`."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
-import importlib
 from typing import Any
 
+from hbpo_jax import user_code
 from hbpo_jax.grading.pool import check_lengths
 from hbpo_jax.grading.verdict import Verdict
 
@@ -12,7 +12,7 @@ CustomFunction = Callable[[list[str], list[dict]], Sequence[float]]
 
 
 def load_custom(dotted_path: str) -> "CustomGrader":
-  """The grader of a dotted path, such as 'my_task.grading.score'.
+  """The grader of a dotted path, such as 'my_task.grading.score', or of a file's function, 'my_task.py:score'.
 
   It names a function (responses: list[str], problems: list[dict]) -> one number in [0, 1] for each response. A problem
   has the fields of its source: id, problem, answer, source and so on. The number scales the budget reward, in place of
@@ -20,20 +20,9 @@ def load_custom(dotted_path: str) -> "CustomGrader":
   on all responses of the step; limits on time are its own affair.
 
   Raises:
-    ValueError: when there is no such module or function; names the path.
+    ValueError: when there is no such module, file or function; names the path.
   """
-  module_name, _, name = dotted_path.replace(":", ".").rpartition(".")
-  if not module_name:
-    raise ValueError(f"reward.grader={dotted_path!r} is not a dotted path; give 'package.module.function'.")
-  try:
-    module = importlib.import_module(module_name)
-  except ImportError as error:
-    raise ValueError(
-        f"reward.grader={dotted_path!r}: cannot import {module_name!r} ({error}); install it or put it on PYTHONPATH."
-    ) from error
-  if not callable(getattr(module, name, None)):
-    raise ValueError(f"reward.grader={dotted_path!r}: {module_name!r} has no function {name!r}; check the name.")
-  return CustomGrader(getattr(module, name), dotted_path)
+  return CustomGrader(user_code.load(dotted_path, "reward.grader"), dotted_path)
 
 
 class CustomGrader:
