@@ -79,7 +79,7 @@ def _fetch_all(source: Repository, commit: str, files: list[Remote], blobs: path
   stop = threading.Event()
   resumed = sum(_size(_part(blobs, file)) for file in files)
   total = sum(file.size for file in files)
-  say(f"downloading {source.name} (commit {commit[:12]}): {len(files)} files, {size_text(total)}"
+  say(f"downloading {source.name} (commit {commit[:12]}): {len(files)} file{'s' * (len(files) > 1)}, {size_text(total)}"
       + (f", of which {size_text(resumed)} are here" if resumed else ""))
   with _progress(files, blobs) as count, futures.ThreadPoolExecutor(_AT_ONCE) as threads:
     running = [threads.submit(_fetch_one, source, commit, file, blobs, count, stop) for file in files]

@@ -195,8 +195,13 @@ def say(text: str) -> None:
 
 
 def shorten(error: BaseException) -> str:
-  """An error in some words; requests repeats addresses and objects at length."""
-  text = " ".join(f"{type(error).__name__}: {error}".split())
+  """An error in some words: its first cause, for HTTP clients wrap it in addresses and objects at length."""
+  if isinstance(error, requests.Timeout):
+    return f"silence for {TIMEOUT_S} s"
+  while cause := error.__cause__ or error.__context__:
+    error = cause
+  words = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+  text = " ".join(words.split())
   return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
 
 

@@ -95,7 +95,7 @@ def test_offline_there_is_no_push(writer, exported, monkeypatch):
 
 def test_a_connection_that_fails_is_no_defect(writer, exported, monkeypatch):
   monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-  with pytest.raises(hub_lib.HubError, match=r"me/tiny was not pushed: ConnectError.*sends only what is missing"):
+  with pytest.raises(hub_lib.HubError, match=r"me/tiny was not pushed: Connection refused.*sends only what is missing"):
     hub_lib.push(exported, NAME)
 
 

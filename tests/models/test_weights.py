@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -123,6 +124,25 @@ def test_a_model_born_here_exports_with_its_tokenizer(name, tmp_path):
   hidden = decoder.forward(params, arch, tokens, ones, tokens, compute_dtype="float32")
   np.testing.assert_allclose(decoder.logits(params, arch, hidden), expected, atol=1e-4)
   assert transformers.AutoTokenizer.from_pretrained(out).eos_token_id == 2
+
+
+def test_an_export_names_its_token_ids_and_carries_its_card(plain, tmp_path):
+  """Also where the source has no generation_config.json; the index is what vLLM and transformers read shards by."""
+  source = tmp_path / "source"
+  shutil.copytree(plain, source)
+  (source / "generation_config.json").unlink()
+  (source / "README.md").write_text("of the source")
+  arch = architecture.from_hf_config(source)
+  params = weights.load(source, arch, one_device(), param_dtype="float32")
+  out = weights.export(params, arch, source, tmp_path / "out", max_shard_bytes=200_000, card="mine")
+  assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": 2}
+  assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == 2
+  assert (out / "README.md").read_text() == "mine"
+  index = json.loads((out / "model.safetensors.index.json").read_text())
+  assert set(index["weight_map"].values()) == {p.name for p in out.glob("*.safetensors")}
+  assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(out).values())
+  assert all(p.stat().st_size <= 200_000 + 8192 for p in out.glob("*.safetensors") if len(load_file(p)) > 1)
+  assert not (weights.export(params, arch, source, tmp_path / "plain") / "README.md").exists()
 
 
 def test_a_failed_export_leaves_the_earlier_one(plain, tmp_path, monkeypatch):
