@@ -189,7 +189,7 @@ def build(base: config_dict.ConfigDict, overrides: dict[str, Any]) -> config.Con
   cd = copy.deepcopy(base)
   profile = overrides.get("profile", cd.profile)
   if not isinstance(profile, str):
-    raise ValueError(f"config.profile={profile!r} has the wrong type; give {_kind(str)}.")
+    raise ValueError(f"config.profile={profile!r} has the wrong type; give {usage.type_words(str)}.")
   if profile != cd.profile:
     config.apply_profile(cd, profile, keep=edited_from_profile(cd))
   table = config.field_table()
