@@ -243,6 +243,7 @@ def test_gin_bindings_do_not_outlive_the_command_line():
     ("Config.seed = oops", "oops"),
     ("Config.seed = 'a'", "config.seed='a' has the wrong type; give an integer"),
     ("Config.seed = True", "config.seed=True has the wrong type"),
+    ("Config.profile = 3", "config.profile=3 has the wrong type; give text"),
     ("RolloutConfig.budgets = 'a'", "config.rollout.budgets='a' has the wrong type"),
     ("Config.seed = %UNBOUND", "UNBOUND"),
 ])  # fmt: skip
