@@ -110,7 +110,7 @@ def test_every_command_line_is_understood(path, tmp_path, monkeypatch):
   for cell, source in code_cells(path):
     exec(compile(source, cell.id, "exec"), variables)
   names = [name for name, _, _ in calls]
-  assert names == (["sft", "train"] if path.stem == "quickstart" else ["plan", "doctor", "train", "evaluate"])
+  assert names == (["train"] if path.stem == "quickstart" else ["plan", "doctor", "train", "evaluate"])
   for name, arguments, workdir in calls:
     others = [a for a in arguments if not a.startswith("--topology=")]
     cfg = flags.parse([*others, f"--workdir={workdir}"]).cfg
@@ -140,9 +140,9 @@ def test_what_the_cells_show_of_a_finished_run(path, tmp_path):
   with notebooks.Kernel(notebook, tmp_path, notebooks.environment(tmp_path)) as kernel:
     kernel.run()
   assert kernel.shown("install") == "", "what is installed is left alone"
-  for name, command in (("warmstart", "sft"), ("plan", "plan"), ("doctor", "doctor"), ("evaluate", "evaluate")):
-    if any(c.id == name for c in notebook.cells):
-      assert f"played hbpo_jax.{command}\n" in kernel.shown(name)
+  for name in {"plan", "doctor", "evaluate"} & {c.id for c in notebook.cells}:
+    assert f"played hbpo_jax.{name}\n" in kernel.shown(name)
+  assert "played hbpo_jax.train" in kernel.shown("train")
   assert "step 6 of 6" in kernel.shown("train") and "data:image/png;base64," in kernel.shown("train")
   assert "Tokens per response fell" in kernel.shown("summary") and ">all</td>" in kernel.shown("summary")
   assert kernel.shown("plots").count("<img ") == 3
@@ -169,7 +169,7 @@ def test_the_quickstart_runs_in_small(tmp_path):
     kernel.run()
   workdir = tmp_path / "runs" / "it"
   assert json.loads((workdir / "summary.json").read_text())["measured_on"] == "evaluation"
-  assert "update 10 of 10" in kernel.shown("warmstart") and "exported to" in kernel.shown("warmstart")
+  assert "update 10 of 10" in (workdir / "logs" / "train.log").read_text(), "the warm start"
   assert "step 3 of 3" in kernel.shown("train") and "data:image/png;base64," in kernel.shown("train")
   assert "Tokens per response" in kernel.shown("summary") and ">all</td>" in kernel.shown("summary")
   assert kernel.shown("plots").count("<img ") == 3
