@@ -186,7 +186,8 @@ def test_a_response_of_megabytes_takes_linear_time(text, repo_root):
                  env=os.environ | {"PYTHONPATH": str(repo_root), "PYTHONUTF8": "1"})
 
 
-@pytest.mark.parametrize("answer", [r"9\text{cm} " * 45, "9 " + "cm " * 120 + "!", "9" + r"\text{m}/ " * 50 + "!"])
+@pytest.mark.parametrize("answer", [
+    "9" + r"\text{cm} " * 45 + "!", "9 " + "cm " * 120 + "!", "9" + r"\text{m}/ " * 50 + "!"])
 def test_units_are_read_in_one_way(answer, repo_root):
   script = ("import resource, sys; from hbpo_jax.grading import units\n"
             "resource.setrlimit(resource.RLIMIT_CPU, (20, 20)); units.split(sys.argv[1])")
