@@ -273,7 +273,7 @@ def _flat(cfg: Config, shape: Shape) -> Caution | None:
 
 
 def _same_for_all(cfg: Config, shape: Shape) -> Caution | None:
-  if shape.budgets_matter or cfg.n_subgroups == 1:
+  if shape.budgets_matter or cfg.n_subgroups == 1 or FORMS[cfg.reward.form].reads_mode:  # Its openings differ.
     return None
   return Caution(
       "same_for_all", "the reward does not depend on the budget",

@@ -310,6 +310,13 @@ def test_groups_show_what_is_done_to_intra(fields, all_wrong, half_right):
     assert b.intra_low <= lowest + 1e-4 and b.intra_high >= half_right[g] - 1e-4
 
 
+def test_no_warning_of_equal_budgets_where_subgroups_differ_in_their_opening():
+  cfg = changed(PLAIN, rollout={"budgets": (512, 2048)})
+  assert "same_for_all" in kinds(changed(cfg, reward={"form": "classic"}))
+  assert "same_for_all" not in kinds(
+      changed(cfg, reward={"form": "adaptthink"}, prompt={"openings": ("natural", "</think>")}))
+
+
 def test_no_warning_of_a_sentence_where_there_is_none():
   cfg = changed(HBPO, rollout={"budgets": (512,), "caps": (512,)})
   assert "sentence_in_cap" in kinds(cfg) and "sentence_in_cap" not in kinds(
