@@ -146,17 +146,24 @@ def test_a_rollback_goes_on_with_other_data_and_a_resume_repeats_it(inputs, tmp_
 
 
 def test_the_limit_ends_a_run_with_one_sentence_and_the_state_saved(inputs, tmp_path, capsys):
-  overrides = runs.settings(inputs, steps=5, checkpoint__save_every=0, learner__max_nonfinite=2, reward__beta=3e38)
-  argv = runs.arguments(overrides, tmp_path / "run")
-  for step in (1, 2):
-    with pytest.raises(SystemExit) as stop:
-      flags.run(train.main, name="train", description="", argv=argv)
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "learner.max_nonfinite=2 updates in a row" in error
-    assert f"after step {step - 1} is saved" in error
-    assert [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal()][-1] >= 1
-  rows = runs.rows(tmp_path / "run" / "metrics.jsonl")
-  assert [row["step"] for row in rows] == [0, 1], "each attempt does one step more, and none twice"
+  problems = {}
+  for pipeline in ("on_policy", "one_step_off"):
+    workdir = tmp_path / pipeline
+    overrides = runs.settings(
+        inputs, steps=5, checkpoint__save_every=0, learner__max_nonfinite=3, reward__beta=3e38, pipeline=pipeline,
+        loss__importance_cap=2.0, log__samples_every=1, log__n_samples=16, learner__max_dumps=0)
+    # Two bad updates a step: the limit is reached in the second step, and then at once.
+    for step in (1, 2):
+      with pytest.raises(SystemExit) as stop:
+        flags.run(train.main, name="train", description="", argv=runs.arguments(overrides, workdir))
+      error = capsys.readouterr().err.strip().splitlines()[-1]
+      assert stop.value.code == 2 and "learner.max_nonfinite=3 updates in a row" in error
+      assert f"after step {step} is saved" in error
+      assert str(step + 1) in [p.name for p in (workdir / "checkpoints").iterdir()]
+    assert [row["step"] for row in runs.rows(workdir / "metrics.jsonl")] == [0, 1, 2], "one step more, and none twice"
+    problems[pipeline] = [(row["step"], row["problem"]) for row in runs.rows(workdir / "samples.jsonl")]
+  # What was drawn ahead when the run ended is drawn again.
+  assert problems["on_policy"] == problems["one_step_off"]
 
 
 def test_weights_that_are_not_finite_end_a_run_that_only_skips_and_spoil_no_checkpoint(inputs, tmp_path):
