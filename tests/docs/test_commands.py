@@ -13,7 +13,7 @@ import tomllib
 
 import pytest
 
-from hbpo_jax import config, flags, plan, preview, regrade, report, user_code, validation
+from hbpo_jax import commands, config, flags, plan, regrade, user_code, validation
 from hbpo_jax.planning import chips
 from tests.docs import markdown
 from tests.reporting import runs_fixture
@@ -50,6 +50,8 @@ INSTEAD = {
     "evaluate": Instead(
         (*_SMOKE, "--workdir={tmp}/evaluation", "--config.benchmarks=synthetic", "--config.data.n_eval=4"),
         (*_OTHER_SIZES, "reward.")),
+    "export": Instead(("--out={tmp}/exported", "{tmp}/base"), ("push", "private", "revision")),
+    "study": Instead(("--workdir={tmp}/study", "--list"), slow=False),
     "doctor": Instead((*_SMOKE, "--workdir={tmp}/doctor"), _OTHER_SIZES),
 }
 # Programs that need a network, an account or a device that the tests have not; how they are called is theirs to say.
@@ -138,7 +140,7 @@ def understand(module: str, argv: list[str], *, partial: bool = False) -> None:
     return
   if partial:
     argv = ["--config=smoke"] * (not any(a.startswith("--config=") for a in argv)) + argv
-  cfg = flags.parse(argv, needs_workdir=module != "plan" and not partial).cfg
+  cfg = flags.parse(argv, needs_workdir=commands.COMMANDS[module].needs_workdir and not partial).cfg
   mesh = cfg.mesh
   n_devices = mesh.data * mesh.tensor * max(mesh.fsdp, 1) + mesh.rollout_devices
   if module == "evaluate":
@@ -155,25 +157,13 @@ def understand(module: str, argv: list[str], *, partial: bool = False) -> None:
 def test_a_quick_command_runs(argv, tmp_path, monkeypatch, capsys, at_the_top):
   runs_fixture.make_training_run(tmp_path / "made_up", steps=12)
   module, *arguments = [a.format(tmp=tmp_path) if "{tmp}" in a else a for a in argv]
-  if module == "report":
-    report.main(arguments)
-  elif module == "plan":
-    options, rest = plan.split_options(arguments)
-    # What compiles takes minutes where libtpu is installed, and is tested elsewhere.
-    monkeypatch.setattr(plan.compile_lib, "available", lambda: False, raising=False)
-    flags.run(
-        functools.partial(fits_or_not, options=options), name="plan", description="", argv=rest, needs_workdir=False)
-  else:
-    flags.run({"preview": preview.main, "regrade": regrade.main}[module], name=module, description="", argv=arguments)
-  assert capsys.readouterr().out.strip()
-
-
-def fits_or_not(cfg, workdir, options):
-  """A plan; that the settings do not fit is an answer, too."""
+  # What compiles for a TPU takes minutes where libtpu is installed, and is tested elsewhere.
+  monkeypatch.setattr(plan.compile_lib, "available", lambda: False)
   try:
-    plan.main(cfg, workdir, options)
+    importlib.import_module(f"hbpo_jax.{module}").cli(arguments)
   except SystemExit as ended:
-    assert ended.code == 1
+    assert module == "plan" and ended.code == 1, "that a run does not fit is an answer, too"
+  assert capsys.readouterr().out.strip()
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +172,7 @@ def smoke(tmp_path_factory):
   folder = tmp_path_factory.mktemp("smoke")
   runs_fixture.make_training_run(folder / "made_up", steps=12)
   start(("sft", *INSTEAD["sft"].set), folder)
+  start(("train", *_SMOKE, "--workdir={tmp}/base"), folder)
   return folder
 
 
@@ -240,7 +231,8 @@ def test_the_launcher_understands_its_flags(command, repo_root, tmp_path):
   dry = ["--dry_run", "--yes", *(["--no_plan", "--allow_dirty"] if own[0] in ("run", "up") else [])]
   done = subprocess.run(
       ["./launch_tpu.sh", *own, *(dry if own[0] != "help" else []), *argv[len(own):]], cwd=repo_root,
-      capture_output=True, text=True, timeout=60, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HBPO_TPU_ZONE": "z"})
+      capture_output=True, text=True, timeout=60,
+      env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HBPO_TPU_ZONE": "z"})
   assert done.returncode == 0, done.stdout + done.stderr
   if "--" in argv:
     understand("train", argv[argv.index("--") + 1:], partial=True)
@@ -291,7 +283,7 @@ def wrong_setting(span: str) -> str:
       flags.parse(["--config=smoke", "--workdir=w", f"--config.{field}={value}"])
     except ValueError as error:
       return str(error)
-    choices = getattr(validation, "CHOICES", getattr(validation, "_CHOICES", {})).get(field)
+    choices = validation.CHOICES.get(field)
     return f"choose one of {choices}" if choices and value not in map(str, choices) else ""
   return ""
 

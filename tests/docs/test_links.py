@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import hbpo_jax
+from hbpo_jax import commands
 from tests.docs import markdown
 
 generate = runpy.run_path(str(markdown.ROOT / "docs" / "generate.py"))
@@ -21,7 +22,7 @@ def anchors(target: str) -> set[str] | None:
   if target == "docs/configuration.md":
     return markdown.anchors(generate["configuration"]())
   if target == "docs/commands.md":
-    return set(generate["command_names"]())
+    return set(commands.COMMANDS)
   path = markdown.ROOT / ("benchmarks/README.md" if target == "docs/benchmarks.md" else target)
   if not path.exists():
     return None
