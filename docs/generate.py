@@ -8,7 +8,6 @@ from concurrent import futures
 import functools
 import os
 import pathlib
-import re
 import subprocess
 import sys
 from typing import Any
@@ -17,11 +16,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
   sys.path.insert(0, str(ROOT))
 
-from hbpo_jax import config, flags  # noqa: E402 (mkdocs runs this file where the package may not be installed)
+from hbpo_jax import commands as table_of_commands  # noqa: E402
+from hbpo_jax import config, flags, usage  # noqa: E402 (mkdocs runs this file where the package may not be installed)
 
-_TYPES: dict[Any, str] = {
-    int: "integer", float: "number", bool: "true or false", str: "text", float | None: "number or none",
-    tuple[int, ...]: "integers", tuple[str, ...]: "texts"}
 _CONFIGURATION = """# Configuration
 
 Every setting, from the table that the command line, gin and the checks read. `--config.rollout.queries=8` sets one for
@@ -31,6 +28,10 @@ a run. A config file is a Python file whose `get_config()` starts from `hbpo_jax
 
 Tuples are written `512,1024` or `(512, 1024)`; `none` clears an optional number; `--config.lora.rank 8` and
 `--noconfig.log.live` work as well. An impossible value or combination is refused before anything is loaded.
+"""
+_COMMANDS = """`hbpo NAME` is `python -m hbpo_jax.NAME`; below is what `--help` prints. `--helpfull` adds all settings,
+`--help=SECTION` those of a section; [Configuration](configuration.md) has them on a page. `hbpo completion bash` (or zsh,
+fish) prints the script with which a shell completes names, settings and values.
 """
 
 
@@ -44,7 +45,7 @@ def configuration() -> str:
   for section, names in sections.items():
     parts += [f"## {section or 'The run'}\n", f"{_cell(_section_text(section))}\n"]
     parts.append(_table(("setting", "type", "default", "meaning"), ([
-        f'<a id="{name}"></a>`{name}`', _TYPES[table[name].type], _value(table[name].default), _meaning(name)]
+        f'<a id="{name}"></a>`{name}`', _cell(usage.kind(name)), _value(table[name].default), _meaning(name)]
         for name in names)))
   parts += ["## Shipped configurations\n", "What each sets that its profile does not.\n"]
   for name in flags.config_names():
@@ -54,13 +55,10 @@ def configuration() -> str:
 
 def commands() -> str:
   """The page of all commands, each with what its --help prints."""
-  names = command_names()
+  names = list(table_of_commands.COMMANDS)
   with futures.ThreadPoolExecutor(2) as threads:
     helps = list(threads.map(help_text, names))
-  parts = ["# Commands\n", "`python -m hbpo_jax.NAME --help` prints what is below."]
-  if (ROOT / "hbpo_jax" / "cli.py").exists():
-    parts[-1] += " `hbpo NAME` is the same as `python -m hbpo_jax.NAME`."
-  parts[-1] += " [Configuration](configuration.md) lists what `--config.field=value` overrides.\n"
+  parts = ["# Commands\n", _COMMANDS]
   for name, text in zip(names, helps):
     parts += [f"## {name}\n", f"```text\n{text}\n```\n"]
   return "\n".join(parts)
@@ -84,18 +82,9 @@ def on_files(files: Any, config: Any) -> Any:
   return files
 
 
-def command_names() -> list[str]:
-  """The modules of the package that are commands, `train` first."""
-  found = [p.stem for p in (ROOT / "hbpo_jax").glob("*.py") if re.search(
-      r'^if __name__ == "__main__":', p.read_text(encoding="utf-8"), re.MULTILINE)]
-  order = ("train", "evaluate", "sft", "preview", "plan", "report", "doctor", "regrade")
-  known = {name: i for i, name in enumerate(order)}
-  return sorted({*found} - {"cli", "__main__"}, key=lambda name: (known.get(name, len(order)), name))
-
-
 @functools.cache
 def help_text(name: str) -> str:
-  """What `python -m hbpo_jax.NAME --help` prints, without the list of all settings.
+  """What `python -m hbpo_jax.NAME --help` prints.
 
   Raises:
     CalledProcessError: when the command fails.
@@ -104,7 +93,7 @@ def help_text(name: str) -> str:
       [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
   done = subprocess.run(
       [sys.executable, "-m", f"hbpo_jax.{name}", "--help"], env=environment, check=True, capture_output=True, text=True)
-  return re.split(r"\n\s*settings, with the paper's defaults", done.stdout)[0].rstrip()
+  return done.stdout.rstrip()
 
 
 def _profiles() -> str:
@@ -145,9 +134,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _value(value: Any) -> str:
-  if isinstance(value, tuple):
-    value = ",".join(map(str, value)) or "()"
-  text = {True: "true", False: "false", None: "none"}[value] if isinstance(value, bool | None) else str(value)
+  text = usage.show(value)
   return f"`{text}`".replace("|", "\\|") if text else "empty"
 
 
