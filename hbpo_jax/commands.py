@@ -121,6 +121,14 @@ COMMANDS: dict[str, Command] = {
         "Compare the sampler's log-probabilities with the trainer's, and say what is wrong.",
         ("model.path", "model.compute_dtype", "data.source", "rollout.budgets", "rollout.temperature",
          "rollout.prefill_kernel", "rollout.decode_kernel", "learner.attention_kernel")),
+    "prove_resume": Command(
+        "Prove that a training run which is killed and started again ends bit for bit as one that is not.",
+        ("profile", "seed", "model.path", "data.source", *_BUDGETS, "checkpoint.save_every"),
+        (Option("steps", "N", "Steps of the run."),
+         Option("cut", "K[,K...]", "Steps done when it is killed; several: it is killed several times."),
+         Option("at", "PLACE", "Where in the step after them: rollout, update, grading or checkpoint.",
+                ("rollout", "update", "grading", "checkpoint")),
+         Option("stop", "", "Ask it to stop (SIGTERM) instead of killing it."))),
 }
 
 

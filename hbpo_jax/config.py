@@ -261,6 +261,8 @@ class CheckpointConfig:
   export: bool = setting(True, "Write a Hugging Face export to WORKDIR/export at the end.")
   push: str = setting("", "Hub repository ORG/NAME that train pushes its export to at the end; empty means none.")
   push_private: bool = setting(True, "Whether a repository that the push makes is hidden from others.")
+  allow_changes: tuple[str, ...] = setting(
+      (), "Settings that may differ from the checkpoint's although they change what is learnt: dotted names, or 'all'.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +274,8 @@ class LogConfig:
   tensorboard: bool = setting(True, "Write TensorBoard event files.")
   wandb_project: str = setting("", "Weights & Biases project; empty turns it off (extra: wandb).")
   live: bool = setting(True, "Live terminal view where the output is a terminal.")
+  digests: bool = setting(
+      False, "Write hashes of each step's data, rollouts, verdicts and state to WORKDIR/digests.jsonl (prove_resume).")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,6 +111,22 @@ def is_writer() -> bool:
   return _Job.index == 0
 
 
+def n_processes() -> int:
+  """The processes of the job."""
+  return _Job.n_processes
+
+
+def reached_preemption(count: int) -> bool:
+  """Whether this is the point, the same in all processes, at which they stop because one of them was told to (SIGTERM).
+
+  Args:
+    count: 1 at the first call, and one more at each; every process calls it at the same points.
+  """
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.reached_preemption_sync_point(count)
+
+
 def describe() -> list[str]:
   """A line on the processes of the job and their hosts; none where there is only one."""
   listed = ", ".join(f"{i} {host}" for i, host in enumerate(_Job.hosts))

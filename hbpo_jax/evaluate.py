@@ -2,7 +2,8 @@
 
   python -m hbpo_jax.evaluate --config=eval --config.model.path=DIR --config.benchmarks=gsm8k,math500 --workdir=OUT
 
-Running the same command again continues where it stopped: no stored response is generated again.
+Running the same command again continues where it stopped, after a kill, SIGTERM or Ctrl-C: no stored response is
+generated again.
 """
 
 from hbpo_jax import flags
@@ -16,7 +17,7 @@ import pathlib
 
 import jax
 
-from hbpo_jax import assemble, distributed
+from hbpo_jax import assemble, distributed, preemption
 from hbpo_jax.config import Config
 from hbpo_jax.evaluation import benchmarks as benchmarks_lib
 from hbpo_jax.evaluation import output
@@ -36,6 +37,7 @@ def modes_of(cfg: Config) -> tuple[str, ...]:
 
 
 @distributed.on_every_host
+@preemption.stoppable
 def main(cfg: Config, workdir: str) -> None:
   """Evaluates, stores every response, and prints the tables."""
   root = pathlib.Path(workdir)

@@ -1,6 +1,8 @@
 """Files of a run: atomic writes, strict JSON, and JSON Lines logs that survive a resume."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
+import errno
 import json
 import math
 import os
@@ -9,6 +11,29 @@ from typing import Any, NoReturn
 
 from absl import logging
 import numpy as np
+
+# Of a disk that is full, over quota, not writable, or failing: the reader's to mend.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+  """A context whose OSErrors name a file where they would name none, as a write to a full disk does."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is not None and error.filename is None:
+      error.filename = os.fspath(path)
+    raise
+
+
+def storage_trouble(error: BaseException) -> str:
+  """The sentence for a full, read-only or failing disk, with the path and the remedy; '' for any other error."""
+  if not isinstance(error, OSError) or error.errno not in _STORAGE:
+    return ""
+  remedy = "make it writable" if error.errno == errno.EROFS else "free space there, or mend the disk"
+  return (f"{error.filename or 'a file'}: {error.strerror}; {remedy}, or give another --workdir. What was saved before "
+          "is whole: the same command goes on from there.")
 
 
 def atomic_write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -26,7 +51,7 @@ def atomic_write_bytes(path: str | os.PathLike, data: bytes) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with open(aside, "wb") as f:
+    with naming(path), open(aside, "wb") as f:
       f.write(data)
       f.flush()
       os.fsync(f.fileno())
@@ -148,14 +173,30 @@ class StepFile:
       raise ValueError(f"step={step} comes after step {self._last_step} in {self._path}; steps must increase.")
     if any("step" in row for row in rows):
       raise ValueError(f"a row for {self._path} has a field 'step' of its own; rename it.")
-    self._file.write("".join(json_line({"step": int(step), **row}) for row in rows))
-    self._file.flush()
-    os.fsync(self._file.fileno())  # A mounted bucket gets an open file only then; a machine may vanish at any step.
+    with naming(self._path):
+      self._file.write("".join(json_line({"step": int(step), **row}) for row in rows))
+      self._file.flush()
+      os.fsync(self._file.fileno())  # A mounted bucket gets an open file only then; a machine may vanish at any step.
     self._last_step = int(step)
+
+  def amend(self, step: int, more: Mapping[str, Any]) -> None:
+    """Adds fields to the last row, which must be the one of `step`; the file is the old or the new one at any time.
+
+    Raises:
+      ValueError: when the last row is of another step.
+    """
+    lines = _read_lines(self._path)
+    if not lines or lines[-1][1]["step"] != step:
+      raise ValueError(f"{self._path} does not end with step {step}, which was to be completed; restore the file.")
+    self._file.close()
+    lines[-1] = (json_line(lines[-1][1] | more).encode(), {})
+    atomic_write_bytes(self._path, b"".join(line for line, _ in lines))
+    self._file = open(self._path, "a", encoding="ascii")  # noqa: SIM115
 
   def close(self) -> None:
     """Closes the file; calling it again does nothing."""
-    self._file.close()
+    with naming(self._path):
+      self._file.close()
 
 
 def _read_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
 
-from hbpo_jax import commands, config, gin_front, usage
+from hbpo_jax import commands, config, files, gin_front, usage
 from hbpo_jax.reporting.text import plain
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -47,8 +47,9 @@ def run(main: Callable[[config.Config, str], Any], *, name: str, description: st
         argv: Sequence[str] | None = None, needs_workdir: bool = True) -> None:
   """Runs `main(cfg, workdir)` with the settings of the command line.
 
-  A ValueError that this package raises on purpose and a missing or unreadable file end the program with one line on
-  stderr and exit code 2 (`--traceback` shows where); any other exception is a defect and keeps its traceback.
+  A ValueError that this package raises on purpose, a missing or unreadable file and a full disk end the program with
+  one line on stderr and exit code 2 (`--traceback` shows where); any other exception is a defect and keeps its
+  traceback.
 
   Args:
     main: the command, (cfg, workdir) -> anything.
@@ -87,12 +88,13 @@ def one_line_errors(argv: Sequence[str]) -> Iterator[None]:
       raise
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(_BROKEN_PIPE)
-  except (ValueError, *_FILE_ERRORS) as error:
+  except (ValueError, OSError) as error:
     if not is_meant_for_user(error):
       raise
     if wants_traceback(argv):
       traceback.print_exc()
-    text = plain(str(error)).replace("\n", " ")  # It may quote a file of somebody else's.
+    # It may quote a file of somebody else's.
+    text = plain(files.storage_trouble(error) or str(error)).replace("\n", " ")
     print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
@@ -173,6 +175,10 @@ def parse(argv: Sequence[str], *, name: str = "hbpo_jax", needs_workdir: bool = 
   from_gin = gin_front.read(values.gin_file, values.gin_param) if values.gin_file or values.gin_param else {}
   overrides = from_gin | config_flags.get_override_values(values["config"]) | cleared
   workdir = str(pathlib.Path(values.workdir).expanduser()) if values.workdir else ""
+  if "://" in (values.workdir or ""):  # pathlib would make a local directory of that name.
+    raise ValueError(
+        f"--workdir={values.workdir} is no directory; mount the bucket (gcsfuse, as launch_tpu.sh does) and give its "
+        "place.")
   return CommandLine(cfg=build(base, overrides), workdir=workdir)
 
 
@@ -378,7 +384,7 @@ def _line_in(path: pathlib.Path, error: BaseException) -> str:
 
 def is_meant_for_user(error: BaseException) -> bool:
   """Whether an exception was raised on purpose for the reader, by a `raise` in this package."""
-  if isinstance(error, _FILE_ERRORS):
+  if isinstance(error, _FILE_ERRORS) or files.storage_trouble(error):
     return True
   last = error.__traceback__
   while last is not None and last.tb_next is not None:

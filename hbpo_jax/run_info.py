@@ -1,6 +1,7 @@
 """What a run is made of: run.json, and how its profile differs from the paper."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import dataclasses
 import datetime
 import json
 import os
@@ -43,7 +44,7 @@ def describe_profile(cfg: config.Config) -> list[str]:
 
 
 def write_run_json(workdir: str | os.PathLike, cfg: config.Config, mesh: jax.sharding.Mesh,
-                   extra: Mapping[str, Any] | None = None) -> None:
+                   extra: Mapping[str, Any] | None = None, changes: Sequence[Mapping[str, Any]] = ()) -> None:
   """Writes WORKDIR/run.json, whole or not at all: settings, versions, devices, mesh, git commit, command line.
 
   A rerun (a resumed run) replaces the file and keeps the starts before it under `earlier_starts`. In a run of several
@@ -54,6 +55,7 @@ def write_run_json(workdir: str | os.PathLike, cfg: config.Config, mesh: jax.sha
     cfg: the settings.
     mesh: the device mesh of the run.
     extra: more entries of plain JSON values.
+    changes: of `Changes.at`; those of earlier starts stay before them, under `changes`.
   Raises:
     ValueError: when `extra` repeats an entry, or an existing run.json cannot be read.
   """
@@ -69,6 +71,7 @@ def write_run_json(workdir: str | os.PathLike, cfg: config.Config, mesh: jax.sha
       "started": now.isoformat(timespec="seconds"),
       "command": shlex.join(sys.argv),
       "earlier_starts": _earlier_starts(path),
+      "changes": _join_changes(path, changes),
       "git": git_state(pathlib.Path(__file__).resolve().parent),
       "profile_differences": describe_profile(cfg),
       "config": config.to_json_dict(cfg),
@@ -159,6 +162,12 @@ def _earlier_starts(path: pathlib.Path) -> list[dict[str, str]]:
     raise ValueError(f"{path} is not a run.json of this program; remove it or choose another --workdir.") from error
 
 
+def _join_changes(path: pathlib.Path, changes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+  """Those of earlier starts and these, each once; `_earlier_starts` has found the file whole."""
+  earlier = json.loads(path.read_text(encoding="utf-8")).get("changes", []) if path.exists() else []
+  return [*earlier, *(c for c in json.loads(json.dumps(list(changes))) if c not in earlier)]
+
+
 def _devices(mesh: jax.sharding.Mesh) -> dict[str, Any]:
   device = mesh.devices.flat[0]
   return {"platform": device.platform, "kind": device.device_kind, "used": int(mesh.devices.size),
@@ -173,28 +182,75 @@ _FREE_ON_RESUME = (
     "learner.max_nonfinite", "learner.max_dumps")
 
 
-def check_resume(cfg: config.Config, saved: Mapping[str, Any]) -> list[str]:
-  """Lines that say which settings differ from those of the checkpoint, all of them harmless.
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """A setting that is not as in the checkpoint: its dotted name, the two values, whether it changes what is learnt."""
+  name: str
+  was: Any
+  now: Any
+  breaking: bool
+
+  def __str__(self) -> str:
+    return f"config.{self.name}={self.now!r} (was {self.was!r})"
+
+
+def compare(cfg: config.Config, saved: Mapping[str, Any]) -> list[Change]:
+  """The settings in which an attempt differs from a checkpoint, in the order of the settings.
 
   Args:
     cfg: the settings of this attempt.
     saved: nested dict of the settings that the checkpoint was saved under.
-  Raises:
-    ValueError: when a setting that changes what is learned differs; names it, both values and the remedy.
   """
-  lines = []
+  changes = []
   for name, field in config.field_table().items():
     here, there = config.get(cfg, name), _nested(saved, name, field.default)
     there = tuple(there) if isinstance(there, list) else there
-    if here == there:
-      continue
-    longer = name == "steps" and cfg.optimizer.schedule == "constant"
-    if not longer and not name.startswith(_FREE_ON_RESUME):
+    if here != there and name != "checkpoint.allow_changes":
+      longer = name == "steps" and cfg.optimizer.schedule == "constant"
+      changes.append(Change(name, there, here, breaking=not longer and not name.startswith(_FREE_ON_RESUME)))
+  return changes
+
+
+class Changes:
+  """What differs from the checkpoint that a run goes on from; nothing, until `check` is called.
+
+  Attributes:
+    found: of the checkpoint that was checked last.
+  """
+
+  def __init__(self, cfg: config.Config):
+    self._cfg = cfg
+    self.found: list[Change] = []
+
+  def check(self, saved: Mapping[str, Any]) -> None:
+    """Compares with the settings of a checkpoint.
+
+    Raises:
+      ValueError: when a setting differs that changes what is learnt and checkpoint.allow_changes does not name it;
+        gives all of them with both values, and the remedy.
+    """
+    self.found = compare(self._cfg, saved)
+    allowed = self._cfg.checkpoint.allow_changes
+    refused = [c for c in self.found if c.breaking and c.name not in allowed and "all" not in allowed]
+    if refused:
+      harmless = [str(c) for c in self.found if not c.breaking]
+      also = f" ({', '.join(harmless)} would be harmless.)" if harmless else ""
       raise ValueError(
-          f"config.{name}={here!r}, but the checkpoint in this workdir was trained with {there!r}; set it back, or "
-          "give another --workdir to start a new run.")
-    lines.append(f"config.{name}: {here!r}, was {there!r}")
-  return lines
+          f"{', '.join(map(str, refused))}: the checkpoint in this workdir was trained otherwise, and this changes "
+          "what is learnt; set it back, give another --workdir to start a new run, or go on with the change by "
+          f"--config.checkpoint.allow_changes={','.join(c.name for c in refused)}.{also}")
+
+  def lines(self) -> list[str]:
+    """For the reader: harmless changes, and those that were allowed."""
+    kinds = {
+        False: "settings changed since the checkpoint, harmless",
+        True: "settings changed as allowed, which changes what is learnt"}
+    by_kind = {kind: ", ".join(str(c) for c in self.found if c.breaking == kind) for kind in kinds}
+    return [f"{text}: {by_kind[kind]}" for kind, text in kinds.items() if by_kind[kind]]
+
+  def at(self, step: int) -> list[dict[str, Any]]:
+    """For run.json: a row per change, with the steps that were done before it."""
+    return [{"step": step, "setting": c.name, "was": c.was, "now": c.now, "breaking": c.breaking} for c in self.found]
 
 
 def _nested(tree: Mapping[str, Any], name: str, default: Any) -> Any:

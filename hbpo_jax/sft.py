@@ -4,6 +4,8 @@
 
 Writes a Hugging Face checkpoint to WORKDIR/export, which `hbpo_jax.train` takes as model.path. Where the settings have
 no model.path, but a task that brings a model of its own, `train` does all this first, in its WORKDIR/warmstart.
+SIGTERM or Ctrl-C stops it with its state saved in WORKDIR/unfinished, and the same command goes on; killed otherwise,
+it starts over.
 """
 
 from hbpo_jax import flags
@@ -11,36 +13,41 @@ from hbpo_jax import flags
 if __name__ == "__main__":
   flags.show_help("sft")  # Before the imports below, which take seconds.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
 import math
 import pathlib
+import shutil
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hbpo_jax import assemble, distributed, export, hub, run_info, validation
+from hbpo_jax import assemble, distributed, export, hub, preemption, run_info, validation
 from hbpo_jax import config as config_lib
-from hbpo_jax.config import Config, LoraConfig
+from hbpo_jax.config import CheckpointConfig, Config, LoraConfig
 from hbpo_jax.data import problems as problems_lib
 from hbpo_jax.data import synthetic
 from hbpo_jax.data.prompts import PromptBuilder
 from hbpo_jax.data.sft_data import SftData
+from hbpo_jax.learning.checkpoint import Checkpointer
 from hbpo_jax.learning.guards import check_finite
 from hbpo_jax.learning.learner import Learner
 from hbpo_jax.models import decoder, sharding, weights
 from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.reporting.console import Console
 from hbpo_jax.reporting.writers import MetricWriter
+from hbpo_jax.structs import TrainState
 
+UNFINISHED = "unfinished"  # The folder of what a stopped warm start goes on from; gone when it is done.
 _VOCAB_MULTIPLE = 64  # Embedding rows are rounded up to this, so that they divide over devices.
 
 
 @distributed.on_every_host
+@preemption.stoppable
 def main(cfg: Config, workdir: str) -> None:
   """Trains cfg.sft.steps updates and exports."""
   assemble.keep_compiled_programs()
@@ -110,19 +117,24 @@ def train(cfg: Config, root: pathlib.Path, note: str = "") -> None:
   problems, _ = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
   data = SftData(problems, model.builder, cfg)
   learner = Learner(model.arch, cfg, model.mesh, total_updates=cfg.sft.steps)
-  state = learner.new_state(params)
-  run_info.write_run_json(root, cfg, model.mesh, {
-      "architecture": dataclasses.asdict(model.arch), "model_origin": hub.origin(model.directory)})
 
   with contextlib.ExitStack() as stack:
-    console = stack.enter_context(Console(cfg.log, cfg.sft.steps, file=distributed.output()))
+    unfinished = stack.enter_context(
+        Checkpointer(root / UNFINISHED, CheckpointConfig(save_every=0, max_to_keep=1)))
+    state, start = _first_state(cfg, learner, unfinished, params)
+    run_info.write_run_json(root, cfg, model.mesh, {
+        "architecture": dataclasses.asdict(model.arch), "model_origin": hub.origin(model.directory)})
+    console = stack.enter_context(Console(cfg.log, cfg.sft.steps, start, file=distributed.output()))
     console.header([
         *([note] if note else []),
-        f"warm start: {len(problems):,} problems ({data.n_dropped:,} dropped), {cfg.sft.steps} updates"])
+        f"warm start: {len(problems):,} problems ({data.n_dropped:,} dropped), {cfg.sft.steps} updates",
+        *([f"resuming: {start} of {cfg.sft.steps} updates are done"] if start else [])])
     writer = None
     if distributed.is_writer():
-      writer = stack.enter_context(MetricWriter(root, cfg.log, config_lib.to_json_dict(cfg)))
-    for step in range(cfg.sft.steps):
+      writer = stack.enter_context(MetricWriter(root, cfg.log, config_lib.to_json_dict(cfg), start))
+    for step in range(start, cfg.sft.steps):
+      if preemption.reached():
+        _stop(cfg, unfinished, step, state)
       started = time.perf_counter()
       state, metrics = learner.sft_update(state, data.batch(step))
       metrics = jax.device_get(metrics)
@@ -137,6 +149,37 @@ def train(cfg: Config, root: pathlib.Path, note: str = "") -> None:
         cfg, model.directory if cfg.sft.path else None, cfg.sft.steps, stage="sft", own_tokenizer=not cfg.sft.path)[""]
     weights.export(learner.whole(state.params), model.arch, source, root / "export", card=card)
     console.message(f"exported to {root / 'export'}")
+  distributed.barrier("the end of the warm start's updates")
+  if distributed.is_writer():
+    shutil.rmtree(root / UNFINISHED)
+
+
+def _first_state(cfg: Config, learner: Learner, unfinished: Checkpointer, params: Any) -> tuple[TrainState, int]:
+  """(state, updates done): of a warm start that was stopped, or fresh."""
+  def check(meta: Mapping[str, Any]) -> None:
+    changes = [c for c in run_info.compare(cfg, meta["config"]) if c.breaking or c.name.startswith("sft.")]
+    if changes:
+      raise ValueError(
+          f"{', '.join(map(str, changes))}: the warm start that was stopped in this workdir began otherwise; set it "
+          f"back, or delete {unfinished.directory} to start over.")
+
+  restored = unfinished.restore_latest(learner.abstract_state(), check=check)
+  if restored is None:
+    return learner.new_state(params), 0
+  if cfg.lora.rank:
+    learner.freeze(params)
+  return restored[0], restored[1]["updates"]
+
+
+def _stop(cfg: Config, unfinished: Checkpointer, step: int, state: TrainState) -> None:
+  if step == 0:
+    raise preemption.Stopped("no update was done yet")
+  started = time.monotonic()
+  unfinished.save(step, state, {"updates": step, "config": config_lib.to_json_dict(cfg)})
+  unfinished.wait()
+  raise preemption.Stopped(
+      f"the state after {step} of {cfg.sft.steps} updates is saved, in {time.monotonic() - started:.1f} s"
+      + preemption.age())
 
 
 def supervised_config(cfg: Config) -> Config:

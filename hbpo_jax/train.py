@@ -2,8 +2,9 @@
 
   python -m hbpo_jax.train --config=quickstart --workdir=runs/quickstart
 
-Running the same command again continues from the newest good checkpoint in WORKDIR. With --replay=WORKDIR/dumps/NAME
-it repeats an update that was not finite instead (hbpo_jax.replay).
+Running the same command again continues from the newest good checkpoint in WORKDIR. SIGTERM or Ctrl-C stops a run at
+its next safe point, with its state saved (hbpo_jax.preemption). With --replay=WORKDIR/dumps/NAME the command repeats
+an update that was not finite instead (hbpo_jax.replay).
 """
 
 from hbpo_jax import flags
@@ -11,21 +12,21 @@ from hbpo_jax import flags
 if __name__ == "__main__":
   flags.show_help("train")  # Before the imports below, which take seconds.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
 import pathlib
 import sys
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hbpo_jax import assemble, distributed, export, hub, preview, replay, run_info, sft, throughput
+from hbpo_jax import assemble, distributed, export, hub, preemption, preview, replay, run_info, sft, throughput
 from hbpo_jax import config as config_lib
+from hbpo_jax.clocks import Stopwatch, WallClock
 from hbpo_jax.config import Config
 from hbpo_jax.data import problems as problems_lib
 from hbpo_jax.data.pipeline import Pipeline, PipelineIterator
@@ -33,8 +34,9 @@ from hbpo_jax.data.record import Problem
 from hbpo_jax.evaluation.during import Evaluations
 from hbpo_jax.grading.judge import Judge
 from hbpo_jax.grading.verdict import Verdict
+from hbpo_jax.keeping import Keeper
 from hbpo_jax.learning import dumps, guards
-from hbpo_jax.learning.checkpoint import Checkpointer
+from hbpo_jax.learning.checkpoint import Checkpointer, fingerprint
 from hbpo_jax.learning.learner import Learner
 from hbpo_jax.learning.reference import Reference
 from hbpo_jax.models import lora, weights
@@ -43,8 +45,10 @@ from hbpo_jax.objective import step as objective
 from hbpo_jax.reporting import plots, tables
 from hbpo_jax.reporting import summary as summary_lib
 from hbpo_jax.reporting.console import Console
+from hbpo_jax.reporting.digests import DigestLog
 from hbpo_jax.reporting.step_log import StepLog, StepRecord
 from hbpo_jax.rollout import engine as engine_lib
+from hbpo_jax.rollout import shelf
 from hbpo_jax.structs import Prompts, Rollouts, TrainState
 
 
@@ -61,17 +65,33 @@ class Trainer:
   checkpoints: Checkpointer
   guard: guards.Guard
   evaluations: Evaluations
+  keeper: Keeper
   log: StepLog
+  digests: DigestLog | None
   console: Console
 
-  def train(self, state: TrainState, start: int, wall_s: "WallClock") -> TrainState:
-    """Algorithm 1 from step `start` to the last; every step is in a checkpoint or will be computed again."""
-    generated: Generated | None = None
+  def train(self, state: TrainState, start: int, meta: Mapping[str, Any]) -> TrainState:
+    """Algorithm 1 from step `start` to the last; every step is in a checkpoint or will be computed again.
+
+    Args:
+      meta: of the checkpoint that the run goes on from; it says what was left open when that was saved.
+    Raises:
+      preemption.Stopped: when the run was asked to stop; what a resumed run needs is on disk then.
+    """
+    self.keeper.catch_up(start, state, meta)
+    data_state = self.batches.get_state()
+    generated = self._from_shelf(start, meta["ahead"]) if meta.get("ahead") else None
     with futures.ThreadPoolExecutor(1) as ahead:
       for step in range(start, self.cfg.steps):
         clock = Stopwatch()
-        if generated is None:
-          generated = self._generate(step, self._publish(state), self.log.flush)
+        try:
+          if generated is None:
+            generated = self._generate(step, self._publish(state), self.log.flush, preemption.check)
+          else:
+            preemption.check()
+        except preemption.Stopped:
+          self.keeper.stop(
+              step, state, data_state, None if generated is None else (generated.rollouts, generated.ledger))
         following = None
         if self._runs_ahead(step):
           # From the weights as they are before this step's updates.
@@ -79,6 +99,8 @@ class Trainer:
           self.log.flush()
         state, record = self._learn(step, state, generated)
         data_state = generated.data_state
+        if self.digests is not None:
+          self._digest(self.digests, step, state, generated, record)
         if step == start:
           assemble.compile_samplers(self.console, training=self.engine)
         waited = Stopwatch()
@@ -86,7 +108,7 @@ class Trainer:
         waited.lap("idle_s")
         clock.lap("step_s")
         self.log.defer(step, dataclasses.replace(record, seconds=record.seconds | waited.laps | clock.laps))
-        self._keep(step, state, data_state, wall_s)
+        self._keep(step, state, data_state)
     self.log.flush()
     return state
 
@@ -99,22 +121,9 @@ class Trainer:
         self.cfg.pipeline == "one_step_off" and step + 1 < self.cfg.steps and not self.evaluations.due(step + 1)
         and not self.checkpoints.due(step + 1, last=self.cfg.steps))
 
-  def _keep(self, step: int, state: TrainState, data_state: dict[str, Any], wall_s: "WallClock") -> None:
-    """What is due after a step: an evaluation, a checkpoint, the end of a run that no longer learns."""
-    meta = lambda: {
-        "data_state": data_state, "config": config_lib.to_json_dict(self.cfg), "wall_s": wall_s(),
-        "nonfinite_in_a_row": self.guard.in_a_row}
-    if self.evaluations.due(step + 1):
-      self.log.annotate(self.evaluations.during(step + 1, state, meta))
-    due = self.checkpoints.due(step + 1, last=self.cfg.steps) or self.guard.limit_reached
-    if due and self.guard.check_save(step + 1, state, last=step + 1 == self.cfg.steps):
-      self.log.flush()  # A saved step is a logged step: a resumed run leaves no gap.
-      self.checkpoints.wait()
-      self.judge.forget_before(min(self.checkpoints.steps(), default=0))
-      self.checkpoints.save(step + 1, state, meta())
-    if self.guard.limit_reached:
-      self.checkpoints.wait()
-      self.guard.check_limit(step)
+  def _keep(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
+    """What is due after a step."""
+    self.keeper.after(step, state, data_state)
 
   def _publish(self, state: TrainState) -> Any:
     """The sampler's weights, in buffers that no update consumes while rollouts run beside it."""
@@ -123,13 +132,17 @@ class Trainer:
       params = jax.tree.map(jnp.copy, params)
     return params
 
-  def _generate(self, step: int, params: Any, meanwhile: Callable[[], None] = lambda: None) -> "Generated":
+  def _generate(
+      self, step: int, params: Any, meanwhile: Callable[[], None] = lambda: None,
+      safe_point: Callable[[], None] = lambda: None) -> "Generated":
     """Rollouts and their verdicts.
 
     Args:
       params: of the sampler.
       meanwhile: called once the devices are at work.
+      safe_point: called wherever the step may be given up; by raising it does.
     """
+    safe_point()
     clock = Stopwatch()
     problems, prompts = next(self.batches)
     data_state = self.batches.get_state()
@@ -146,15 +159,41 @@ class Trainer:
       for index in map(tuple, finished.tolist()):
         responses[index] = self.model.builder.decode(rollouts.response(*index))
         grading.submit(index, responses[index], problems[index[0]])
+      safe_point()
     clock.lap("rollout_s")
 
     # Verdicts: a score in [0, 1] for each response.
     verdicts = grading.collect()
     indices = list(np.ndindex(rollouts.n_gen_BGJ.shape))
     clock.lap("grade_s")
+    safe_point()
     return Generated(
         problems, prompts, rollouts, [responses[i] for i in indices], [verdicts[i] for i in indices],
         generation.ledger.metrics(), clock.laps, data_state)
+
+  def _from_shelf(self, step: int, sha256: str) -> "Generated":
+    """The rollouts of a step that a stopped run had drawn ahead, and their verdicts."""
+    clock = Stopwatch()
+    rollouts, ledger = shelf.load(shelf.path_of(self.keeper.root, step), sha256)
+    problems, prompts = next(self.batches)
+    indices = list(np.ndindex(rollouts.n_gen_BGJ.shape))
+    responses = [self.model.builder.decode(rollouts.response(*index)) for index in indices]
+    grading = self.judge.begin(step)
+    for index, response in zip(indices, responses):
+      grading.submit(index, response, problems[index[0]])
+    verdicts = grading.collect()
+    clock.lap("grade_s")
+    return Generated(
+        problems, prompts, rollouts, responses, [verdicts[i] for i in indices], ledger, clock.laps,
+        self.batches.get_state())
+
+  def _digest(
+      self, log: DigestLog, step: int, state: TrainState, generated: "Generated", record: StepRecord) -> None:
+    log.write(
+        step, ids=[p.id for p in generated.problems], prompts=generated.prompts,
+        key=jax.random.fold_in(training_key(self.cfg.seed), step), rollouts=generated.rollouts,
+        verdicts=generated.verdicts, advantage=record.advantage, params=fingerprint(state.params),
+        optimizer=fingerprint((state.step, state.update, state.opt_state)))
 
   def _learn(self, step: int, state: TrainState, generated: "Generated") -> tuple[TrainState, StepRecord]:
     """The updates of a step."""
@@ -239,39 +278,16 @@ def training_key(seed: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), 0)
 
 
-class Stopwatch:
-  """Wall seconds between laps, by name."""
-
-  def __init__(self):
-    self.laps: dict[str, float] = {}
-    self._last = time.perf_counter()
-
-  def lap(self, name: str) -> None:
-    """Ends the stage `name`."""
-    now = time.perf_counter()
-    self.laps[name], self._last = now - self._last, now
-
-
-class WallClock:
-  """Seconds that the run took so far, earlier attempts included."""
-
-  def __init__(self):
-    self.earlier_s, self._start = 0.0, time.monotonic()
-
-  def __call__(self) -> float:
-    return self.earlier_s + time.monotonic() - self._start
-
-
 def first_state(
     cfg: Config, learner: Learner, checkpoints: Checkpointer, batches: PipelineIterator, load: Callable[[], Any],
-) -> tuple[TrainState, int, dict[str, Any]]:
+    check: Callable[[Mapping[str, Any]], None]) -> tuple[TrainState, int, dict[str, Any]]:
   """(state, first step to do, meta): from the newest good checkpoint, which also moves `batches`, or fresh.
 
   Args:
     load: reads the base model's weights.
+    check: called with the settings that a checkpoint was saved under; may raise to refuse it.
   """
-  restored = checkpoints.restore_latest(
-      learner.abstract_state(), check=lambda meta: run_info.check_resume(cfg, meta["config"]))
+  restored = checkpoints.restore_latest(learner.abstract_state(), check=lambda meta: check(meta["config"]))
   if restored is None:
     return learner.new_state(load()), 0, {"wall_s": 0.0}
   state, meta = restored
@@ -282,6 +298,7 @@ def first_state(
 
 
 @distributed.on_every_host
+@preemption.stoppable
 def main(cfg: Config, workdir: str) -> None:
   """Trains, evaluates before and after, exports, and writes the summary."""
   root = pathlib.Path(workdir)
@@ -300,17 +317,19 @@ def main(cfg: Config, workdir: str) -> None:
     checkpoints = stack.enter_context(Checkpointer(root / "checkpoints", cfg.checkpoint))
     batches = iter(data)
     load = lambda: weights.load(model.directory, model.arch, model.mesh, param_dtype=assemble.base_dtype(cfg))
-    state, start, meta = first_state(cfg, learner, checkpoints, batches, load)
+    changes = run_info.Changes(cfg)
+    state, start, meta = first_state(cfg, learner, checkpoints, batches, load, changes.check)
     wall_s.earlier_s = meta["wall_s"]
     run_info.write_run_json(root, cfg, model.mesh, {
-        "architecture": dataclasses.asdict(model.arch), "model_origin": hub.origin(model.directory)})
+        "architecture": dataclasses.asdict(model.arch), "model_origin": hub.origin(model.directory)},
+        changes.at(start))
     reference = None
     if cfg.loss.kl_coef:
       reference = Reference(learner, _reference_params(cfg, model, learner))
 
     console = stack.enter_context(Console(cfg.log, cfg.steps, start, file=distributed.output()))
     warnings = preview.write(cfg, root / "preview").brief() if distributed.is_writer() else []
-    console.header([*_header(cfg, model, data, len(eval_problems), start), *warnings])
+    console.header([*_header(cfg, model, data, len(eval_problems), start), *changes.lines(), *warnings])
     log = stack.enter_context(contextlib.closing(StepLog(cfg, root, start, console, engine.shape.n_prefix)))
 
     guard = stack.enter_context(contextlib.closing(guards.Guard(
@@ -318,13 +337,16 @@ def main(cfg: Config, workdir: str) -> None:
         lambda: learner.new_state(load()), console.message, root, start)))
     guard.in_a_row = meta.get("nonfinite_in_a_row", 0)  # Checkpoints of older versions do not count them.
 
+    digests = stack.enter_context(contextlib.closing(DigestLog(root, start))) if cfg.log.digests else None
     evaluations = stack.enter_context(Evaluations(cfg, model, learner.whole, eval_problems, judge, root, console))
     assemble.compile_samplers(console, evaluation=evaluations.runner)
     engine.prepare()  # In the background: the first step waits only for the programs that it needs.
     base = evaluations.before(start, state)
+    keeper = Keeper(cfg, root, checkpoints, evaluations, judge, guard, log, wall_s)
     trainer = Trainer(
-        cfg, model, batches, engine, judge, learner, reference, checkpoints, guard, evaluations, log, console)
-    state = trainer.train(state, start, wall_s)
+        cfg, model, batches, engine, judge, learner, reference, checkpoints, guard, evaluations, keeper, log, digests,
+        console)
+    state = trainer.train(state, start, meta)
     checkpoints.wait()
     if cfg.checkpoint.export:
       cards = export.cards_of_run(cfg, model.directory, int(state.step))

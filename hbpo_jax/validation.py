@@ -320,6 +320,9 @@ def _check_mesh(cfg: config.Config, n_devices: int) -> None:
 
 
 def _check_rest(cfg: config.Config) -> None:
+  unknown = [name for name in cfg.checkpoint.allow_changes if name != "all" and name not in config.field_table()]
+  _require(not unknown, cfg, "checkpoint.allow_changes", f"names {unknown[:1]}, which is no setting",
+           "give dotted names such as loss.clip_high, or all")
   _require(cfg.checkpoint.export or not cfg.checkpoint.push, cfg, "checkpoint.export",
            f"leaves nothing to push to config.checkpoint.push={cfg.checkpoint.push!r}",
            "set it to true, or checkpoint.push=''")

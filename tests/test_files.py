@@ -1,5 +1,6 @@
 """Atomic writes, strict JSON, and the resume rule of step logs."""
 
+import errno
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hbpo_jax import files
+from hbpo_jax import files, flags
 
 
 def test_atomic_write_replaces_and_leaves_nothing_aside(tmp_path):
@@ -113,3 +114,47 @@ def test_damaged_line_is_named(tmp_path, line):
   path.write_text('{"step": 0}\n' + line + "\n")
   with pytest.raises(ValueError, match="line 2"):
     files.StepFile(path, resume_step=1)
+
+
+def test_a_row_that_was_left_open_is_completed(tmp_path):
+  path = tmp_path / "log.jsonl"
+  log = files.StepFile(path)
+  log.write(0, [{"a": 1}])
+  log.write(1, [{"a": 2.5}])
+  log.close()
+  log = files.StepFile(path, resume_step=2)
+  for _ in range(2):  # Once more, where the run was killed after it.
+    log.amend(1, {"b": 3.0})
+  log.write(2, [{"a": 4}])
+  with pytest.raises(ValueError, match="does not end with step 1"):
+    log.amend(1, {"b": 3.0})
+  log.close()
+  assert path.read_text() == '{"step": 0, "a": 1}\n{"step": 1, "a": 2.5, "b": 3.0}\n{"step": 2, "a": 4}\n'
+
+
+@pytest.mark.parametrize("code, words", [
+    (errno.ENOSPC, "No space left on device; free space there"), (errno.EROFS, "make it writable"),
+    (errno.EDQUOT, "free space there"), (errno.EIO, "mend the disk")])
+def test_trouble_with_the_disk_names_file_and_remedy(tmp_path, monkeypatch, capsys, code, words):
+  log = files.StepFile(tmp_path / "log.jsonl")
+
+  def fail(*_):
+    raise OSError(code, os.strerror(code))
+
+  def main(cfg, workdir):
+    log.write(0, [{"a": 1}])
+
+  monkeypatch.setattr(os, "fsync", fail)
+  with pytest.raises(SystemExit) as end:
+    flags.run(main, name="x", description="", argv=["--config=smoke", f"--workdir={tmp_path}"])
+  error = capsys.readouterr().err
+  assert end.value.code == 2 and error.startswith(f"error: {tmp_path / 'log.jsonl'}: ") and error.count("\n") == 1
+  assert words in error and "goes on from there" in error
+
+
+def test_other_errors_are_no_trouble_with_the_disk(tmp_path):
+  for error in (OSError(errno.ECONNRESET, "gone"), ValueError("x"), OSError("no number")):
+    assert files.storage_trouble(error) == ""
+  with pytest.raises(OSError) as raised, files.naming(tmp_path):
+    raise OSError(errno.ENOSPC, "full", "other")
+  assert raised.value.filename == "other"

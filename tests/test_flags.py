@@ -259,6 +259,13 @@ def test_missing_gin_names_the_extra(capsys, monkeypatch):
 
 # Running a command.
 
+def test_a_bucket_is_no_working_directory(capsys):
+  with pytest.raises(SystemExit) as end:
+    flags.run(lambda *_: None, name="x", description="", argv=["--config=smoke", "--workdir=gs://b/run"])
+  error = capsys.readouterr().err
+  assert end.value.code == 2 and "--workdir=gs://b/run" in error and "gcsfuse" in error and error.count("\n") == 1
+
+
 def test_main_gets_config_and_workdir():
   got = []
   flags.run(lambda cfg, workdir: got.append((cfg.steps, workdir)), name="c", description="d",

@@ -1,5 +1,6 @@
 """run.json: what it holds, that it is written whole, and where the git commit comes from."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ import jax
 import pytest
 
 import hbpo_jax
-from hbpo_jax import config, run_info
+from hbpo_jax import config, flags, run_info
 
 
 @pytest.fixture
@@ -46,6 +47,56 @@ def test_rerun_keeps_the_starts_before_it(tmp_path, mesh):
   found = read(tmp_path)
   assert found["config"]["steps"] == 3 and len(found["earlier_starts"]) == 2
   assert set(found["earlier_starts"][0]) == {"started", "command"}
+
+
+def changed(cfg, **settings):
+  return run_info.compare(cfg, config.to_json_dict(flags.build(config.to_config_dict(cfg), {
+      name.replace("__", "."): value for name, value in settings.items()})))
+
+
+def test_changes_are_harmless_or_break_the_run():
+  cfg = config.from_config_dict(config.new())
+  saved = {
+      "steps": 3, "log__every": 7, "rollout__budgets": (512, 1024), "loss__clip_high": 0.5, "grading__workers": 3,
+      "mesh__fsdp": 2, "seed": 4}
+  found = {c.name: (c.was, c.now, c.breaking) for c in changed(cfg, **saved)}
+  assert found == {
+      "steps": (3, 629, False), "log.every": (7, 1, False), "rollout.budgets": ((512, 1024), cfg.rollout.budgets, True),
+      "loss.clip_high": (0.5, 0.28, True), "grading.workers": (3, 0, False), "mesh.fsdp": (2, -1, False),
+      "seed": (4, 0, True)}
+  decaying = dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, schedule="cosine"))
+  assert [c.breaking for c in changed(decaying, steps=3)] == [True]  # The schedule reaches over the steps.
+
+
+def test_breaking_changes_are_refused_together_unless_they_are_named():
+  cfg = config.Config(seed=4, loss=config.LossConfig(clip_high=0.5), log=config.LogConfig(every=3))
+  saved = config.to_json_dict(config.Config())
+  changes = run_info.Changes(cfg)
+  with pytest.raises(ValueError) as refused:
+    changes.check(saved)
+  for part in (
+      "config.seed=4 (was 0)", "config.loss.clip_high=0.5 (was 0.28)", "another --workdir",
+      "--config.checkpoint.allow_changes=seed,loss.clip_high.", "config.log.every=3 (was 1) would be harmless"):
+    assert part in str(refused.value)
+  half = dataclasses.replace(cfg, checkpoint=config.CheckpointConfig(allow_changes=("seed",)))
+  with pytest.raises(ValueError, match="allow_changes=loss.clip_high"):
+    run_info.Changes(half).check(saved)
+  for names in (("all",), ("seed", "loss.clip_high")):
+    allowed = run_info.Changes(dataclasses.replace(cfg, checkpoint=config.CheckpointConfig(allow_changes=names)))
+    allowed.check(saved)
+    harmless, breaking = allowed.lines()
+    assert "harmless: " in harmless and "config.log.every=3 (was 1)" in harmless and "seed" not in harmless
+    assert breaking.endswith("what is learnt: config.seed=4 (was 0), config.loss.clip_high=0.5 (was 0.28)")
+  changes.check(config.to_json_dict(cfg))
+  assert changes.lines() == [] and changes.at(3) == []
+
+
+def test_changes_are_recorded_once_and_stay(tmp_path, mesh):
+  rows = run_info.Changes(config.Config(seed=4, checkpoint=config.CheckpointConfig(allow_changes=("all",))))
+  rows.check(config.to_json_dict(config.Config()))
+  for given in ((), rows.at(7), rows.at(7), ()):
+    run_info.write_run_json(tmp_path, config.Config(), mesh, changes=given)
+  assert read(tmp_path)["changes"] == [{"step": 7, "setting": "seed", "was": 0, "now": 4, "breaking": True}]
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, mesh, monkeypatch):
@@ -97,9 +148,9 @@ def test_git_state_of_a_checkout(tmp_path):
 def test_a_setting_newer_than_the_checkpoint_had_its_default():
   cfg = config.from_config_dict(config.new("paper"))
   saved = config.to_json_dict(cfg)
-  del saved["reward"]["floor"], saved["advantage"]["form"]
-  assert run_info.check_resume(cfg, saved) == []
+  del saved["reward"]["floor"], saved["advantage"]["form"], saved["lora"]
+  assert run_info.compare(cfg, saved) == []
   cd = config.to_config_dict(cfg)
   cd.advantage.form = "leave_one_out"
-  with pytest.raises(ValueError, match=r"config.advantage.form='leave_one_out', but .* was trained with 'group'"):
-    run_info.check_resume(config.from_config_dict(cd), saved)
+  with pytest.raises(ValueError, match=r"config.advantage.form='leave_one_out' \(was 'group'\)"):
+    run_info.Changes(config.from_config_dict(cd)).check(saved)

@@ -121,7 +121,7 @@ start_job() {
   say "started on $VM_WORKERS worker(s), writing to $WORKDIR"
 }
 
-# Sets JOB to running, gone (killed with its machine), unreachable, or the exit code.
+# Sets JOB to running, gone (killed with its machine, or stopped when that was announced), unreachable, or the exit code.
 read_job() {
   local text mark state code n=0 done=0
   JOB=unreachable
@@ -134,7 +134,7 @@ read_job() {
       exited:0) done=$((done + 1)) ;;
       exited:129 | exited:143) JOB=gone ;;  # hung up or terminated: a shutdown
       exited:*) [[ $JOB = gone ]] || { JOB=$code; return 0; } ;;
-      gone:*) JOB=gone ;;
+      gone:* | stopped:*) JOB=gone ;;
     esac
   done <<<"$text"
   if ((n > 0 && done == n)); then JOB=0; fi

@@ -5,7 +5,8 @@
 #
 # ~/hbpo_jax/src/COMMIT    the code, with its environment in .venv and .ready when both are whole
 # ~/hbpo_jax/current       the commit that was set up last
-# ~/hbpo_jax/job           command, log, pid, and exit_code when it ended
+# ~/hbpo_jax/job           command, log, pid, run_pid, and exit_code when it ended: a number, or 'stopped' where the
+#                          run was asked to stop before its end and the same command goes on; halt: by `stop`
 # ~/hbpo_jax/gcs/BUCKET    a mounted bucket
 set -euo pipefail
 
@@ -87,6 +88,7 @@ state() {
   local word='none -'
   if [[ -f $JOB/exit_code ]]; then
     word="exited $(cat "$JOB/exit_code")"
+    [[ $word != 'exited stopped' ]] || word='stopped -'
   elif mux has-session -t '=job' 2>/dev/null; then
     word='running -'
   elif [[ -d $JOB ]]; then
@@ -125,7 +127,11 @@ preserve() {
 
 # Runs the command; only tmux calls this.
 job() {
-  local code=0 keeper log_name
+  local code=0 keeper log_name run=''
+  # A machine that shuts down tells every process, and tmux its windows. The run saves its state then, and must not lose
+  # the shell that says how it ended.
+  trap '' HUP
+  trap '[[ -z $run ]] || kill -TERM "$run" 2>/dev/null || true' TERM
   eval "set -- $(cat "$JOB/command")"
   log_name=$(date -u +%Y%m%dT%H%M%SZ).$(hostname).log
   cd "$HERE"
@@ -138,9 +144,19 @@ job() {
   fi
   while sleep 60; do preserve "$2" "$log_name" || true; done &
   keeper=$!
-  .venv/bin/python -u -m "hbpo_jax.$1" --workdir="$2" "${@:3}" >>"$JOB/log" 2>&1 </dev/null || code=$?
+  .venv/bin/python -u -m "hbpo_jax.$1" --workdir="$2" "${@:3}" >>"$JOB/log" 2>&1 </dev/null &
+  run=$!
+  echo "$run" >"$JOB/run_pid"
+  while true; do  # A signal ends the wait, not the run.
+    code=0
+    wait "$run" || code=$?
+    kill -0 "$run" 2>/dev/null || break
+  done
   kill "$keeper" || true
   preserve "$2" "$log_name" || true
+  # It ends with 0 also where it stopped early, as it was asked to.
+  ((code)) || [[ ! -f $2/stopped.json ]] || code=stopped
+  [[ ! -f $JOB/halt ]] || code=130
   echo "$code" >"$JOB/exit_code.new"
   mv "$JOB/exit_code.new" "$JOB/exit_code"
 }
@@ -156,8 +172,19 @@ follow() {
   state >&2
 }
 
+# Ends the job: it may save its state first; what is still there after a minute is stuck.
 stop() {
+  local pid tries
   [[ -d $JOB && ! -f $JOB/exit_code ]] || return 0
+  touch "$JOB/halt"
+  pid=$(cat "$JOB/pid" 2>/dev/null || true)
+  if [[ -n $pid ]] && kill -TERM "$pid" 2>/dev/null; then
+    for ((tries = 0; tries < 300; tries++)); do
+      kill -0 "$pid" 2>/dev/null || break
+      sleep 0.2
+    done
+    kill -KILL "$pid" "$(cat "$JOB/run_pid" 2>/dev/null || echo "$pid")" 2>/dev/null || true
+  fi
   mux kill-session -t '=job' 2>/dev/null || true
   echo 130 >"$JOB/exit_code"
 }

@@ -9,7 +9,7 @@ import zlib
 import jax
 import numpy as np
 
-from hbpo_jax import assemble, config, distributed
+from hbpo_jax import assemble, config, distributed, preemption
 from hbpo_jax.config import Config
 from hbpo_jax.evaluation.store import Benchmark, Evaluated, Store, open_existing
 from hbpo_jax.grading.judge import Judge
@@ -92,6 +92,7 @@ class Runner:
       limit: first problems of each benchmark that are answered; 0 = all.
     Raises:
       ValueError: when the directory holds an evaluation of something else, or is damaged.
+      preemption.Stopped: when the run was asked to stop; what was answered is stored.
     """
     with self.open(directory, model_id) as store:
       if missing := self.missing(store, limit):
@@ -171,6 +172,7 @@ class Runner:
       for b in self.benchmarks:
         if b.name in rows:
           self._keep(store, b, rows[b.name])
+      preemption.check(f"{self._done:,} of {self._total:,} responses of the evaluation are stored")
     self.ledger.add(generation.ledger)
 
   def _row(self, b: Benchmark, i: int, g: int, j: int, tokens: Any, truncated: bool) -> dict[str, Any]:

@@ -17,14 +17,17 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+import hbpo_jax
 from hbpo_jax import distributed
 from hbpo_jax.config import CheckpointConfig
+from hbpo_jax.files import naming
 from hbpo_jax.learning import survey
 from hbpo_jax.structs import TrainState
 
 ITEMS = ("state", "meta")
 FOLDERS = ("checkpoints", "best")  # of a run, which hold one folder per step
 CHECKSUMS = "checksums.json"
+FORMAT = 1  # Of what lies in `meta`; checkpoints without it are of format 1.
 _log = logging.getLogger(__name__)
 
 
@@ -96,19 +99,21 @@ class Checkpointer:
     self.wait()
     if step in self._manager.all_steps():
       return False
+    self._set_aside_incomplete()
     try:
       content = json.loads(json.dumps(
-          {"step": step, "meta": meta, "arrays": _kinds(state), "sums": fingerprint(state)}, allow_nan=False))
+          {"format": FORMAT, "hbpo_jax": hbpo_jax.__version__, "step": step, "meta": meta, "arrays": _kinds(state),
+           "sums": fingerprint(state)}, allow_nan=False))
     except (TypeError, ValueError) as error:
       raise ValueError(f"the checkpoint's meta is not plain JSON ({error}); convert its values first.") from error
     self._saving = step
-    return self._manager.save(
-        step, force=True, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(_stored(state)), meta=ocp.args.JsonSave(content)))
+    items = ocp.args.Composite(state=ocp.args.StandardSave(_stored(state)), meta=ocp.args.JsonSave(content))
+    with naming(self.directory):
+      return self._manager.save(step, args=items, force=True)
 
   def restore_latest(
-      self, abstract_state: TrainState, *, check: Callable[[dict[str, Any]], Any] | None = None
-  ) -> tuple[TrainState, dict[str, Any]] | None:
+      self, abstract_state: TrainState, *, check: Callable[[dict[str, Any]], Any] | None = None,
+      scheduled_first: bool = False) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest good checkpoint, or None where there is none at all.
 
     A damaged checkpoint is logged and passed over for the one before it. Once an older one is found good, the
@@ -118,6 +123,7 @@ class Checkpointer:
       abstract_state: `Learner.abstract_state()`; its shardings may be of another mesh than the one that saved.
       check: called with meta before the arrays are read; may raise to refuse the checkpoint (another model, another
         seed), which ends the search.
+      scheduled_first: whether those of every save_every steps go before newer ones, which a stop has left.
     Returns:
       (state, meta as given to `save`).
     Raises:
@@ -125,7 +131,8 @@ class Checkpointer:
         good one does not fit abstract_state.
     """
     faults: dict[int, str] = {}
-    for step in reversed(self.steps()):
+    scheduled = lambda step: scheduled_first and self.due(step, last=-1)
+    for step in sorted(self.steps(), key=lambda step: (scheduled(step), step), reverse=True):
       try:
         self._check_files(step)
         content = self._read_meta(step)
@@ -177,8 +184,13 @@ class Checkpointer:
     return params
 
   def wait(self) -> None:
-    """Returns when all saves are on disk."""
-    self._manager.wait_until_finished()
+    """Returns when all saves are on disk.
+
+    Raises:
+      OSError: when one could not be written; names the directory.
+    """
+    with naming(self.directory):
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits for the saves and releases the background threads."""
@@ -193,7 +205,29 @@ class Checkpointer:
     if len(folders) != 1:
       found = [p.name for p in folders]
       raise FileNotFoundError(f"{self.directory}: expected one folder of step {step}, found {found}.")
-    (folders[0] / CHECKSUMS).write_text(json.dumps(_file_checksums(folders[0])))
+    sums = _file_checksums(folders[0])
+    listed = {name: {"sha256": value, "bytes": (folders[0] / name).stat().st_size} for name, value in sums.items()}
+    (folders[0] / CHECKSUMS).write_text(json.dumps(listed))
+
+  def _set_aside_incomplete(self) -> None:
+    """Moves checkpoints away that have lost a file or a part of one, so that none counts among max_to_keep.
+
+    Else a save could remove the last good one. Only sizes are looked at: reading all would take minutes.
+    """
+    def is_incomplete(step: int) -> bool:
+      folder = self.directory / str(step)
+      try:
+        listed = json.loads((folder / CHECKSUMS).read_text())
+        return any(
+            isinstance(row, dict) and (folder / name).stat().st_size != row["bytes"] for name, row in listed.items())
+      except (ValueError, OSError):
+        return True
+
+    incomplete = distributed.from_writer(
+        "the checkpoints' sizes", lambda: [step for step in self.steps() if is_incomplete(step)])
+    for step in incomplete:
+      _log.warning("the checkpoint of step %d in %s has lost a part; it is moved away.", step, self.directory)
+    self._move_away(incomplete)
 
   def _check_files(self, step: int) -> None:
     """Finds damage before Orbax does, whose answer to it is pages of traceback. One process reads for all."""
@@ -216,6 +250,8 @@ class Checkpointer:
     found = _file_checksums(folder)
     if not isinstance(expected, dict) or not expected:
       raise DamagedCheckpointError(f"{CHECKSUMS} is not a list of files")
+    # A version before the sizes wrote the bare sum.
+    expected = {name: row.get("sha256") if isinstance(row, dict) else row for name, row in expected.items()}
     for name in sorted(expected):
       if name not in found:
         raise DamagedCheckpointError(f"{name} is missing")
@@ -230,6 +266,11 @@ class Checkpointer:
     # Checksums that fit do not make it ours.
     if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("meta", "arrays", "sums")):
       raise DamagedCheckpointError("its meta is not that of a checkpoint")
+    if (version := content.get("format", 1)) != FORMAT:
+      raise ValueError(
+          f"the checkpoint of step {step} in {self.directory} is of format {version!r}, written by hbpo_jax "
+          f"{content.get('hbpo_jax', '?')}; this version reads format {FORMAT}. Use that version, or give another "
+          "--workdir.")
     if content.get("step") != step:
       raise DamagedCheckpointError(f"its content is of step {content.get('step')!r}")
     return content

@@ -228,7 +228,7 @@ class Guard:
     self._checkpoints.wait()
     for array in jax.tree.leaves(state):
       array.delete()  # Two states may not fit.
-    found = self._checkpoints.restore_latest(self._learner.abstract_state())
+    found = self._checkpoints.restore_latest(self._learner.abstract_state(), scheduled_first=True)
     state, at = (found[0], int(found[0].step)) if found else (self._fresh(), 0)
     if spoilt := _spoilt(state):
       raise NonfiniteError(

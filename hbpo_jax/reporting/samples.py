@@ -10,6 +10,8 @@ import numpy as np
 from hbpo_jax.config import LogConfig
 from hbpo_jax.files import StepFile
 
+FILE = "samples.jsonl"
+
 
 def choose(step: int, shape: tuple[int, int, int], n_samples: int) -> list[tuple[int, int, int]]:
   """(query, budget, rollout) of the responses to show: a function of its arguments only.
@@ -42,7 +44,7 @@ class SampleLog:
   def __init__(self, workdir: str | os.PathLike, log: LogConfig, resume_step: int = 0):
     self._every = log.samples_every
     self._n_samples = log.n_samples
-    self._log = StepFile(pathlib.Path(workdir) / "samples.jsonl", resume_step)
+    self._log = StepFile(pathlib.Path(workdir) / FILE, resume_step)
 
   def due(self, step: int) -> bool:
     """Whether samples of this step are logged."""

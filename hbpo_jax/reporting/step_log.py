@@ -80,6 +80,11 @@ class StepLog:
     """Adds numbers by tag to the row of the step that is deferred."""
     self._further |= metrics
 
+  def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Adds numbers by tag to the row of the last step that an earlier attempt wrote."""
+    if self._is_open:
+      self._writer.amend(step, metrics)
+
   def flush(self) -> None:
     """Writes and shows the step that was deferred, if there is one."""
     if self._pending is None:

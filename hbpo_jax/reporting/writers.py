@@ -5,10 +5,12 @@ import os
 import pathlib
 import re
 import secrets
+import time
 from typing import Any, Protocol
 
 from absl import logging
-import tensorboardX
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from hbpo_jax.config import LogConfig
 from hbpo_jax.files import StepFile, atomic_write_text
@@ -22,6 +24,8 @@ METRICS = "metrics.jsonl"
 
 class _Sink(Protocol):
   def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+  def amend(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
   def close(self) -> None: ...
 
@@ -75,6 +79,17 @@ class MetricWriter:
     for sink in self._sinks:
       sink.write(step, numbers)
 
+  def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Adds numbers by tag to the row of the last step, which an earlier attempt wrote without them.
+
+    Raises:
+      ValueError: when the last row is of another step.
+    """
+    if self.due(step):
+      numbers = {tag: float(value) for tag, value in metrics.items()}
+      for sink in self._sinks:
+        sink.amend(step, numbers)
+
   def due(self, step: int) -> bool:
     """Whether the row of this step is written: every `log.every` steps."""
     return step % self._every == 0
@@ -102,26 +117,62 @@ class _JsonLines:
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     self._log.write(step, [metrics])
 
+  def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+    self._log.amend(step, metrics)
+
   def close(self) -> None:
     self._log.close()
 
 
 class _TensorBoard:
+  """Event files, which may fail at any time without hurting the run: after the first failure they are left alone."""
   # clu.metric_writers, the usual choice beside Flax, imports TensorFlow, which this package does not install;
-  # tensorboardX writes the same event files without it.
+  # tensorboardX writes the same event files without it. Not by its SummaryWriter: that writes in a thread of its own,
+  # and once the thread has met a full disk, the next rows would wait for it for ever.
 
   def __init__(self, workdir: pathlib.Path, resume_step: int):
-    # purge_step hides the points of earlier attempts from this step on. The suffix keeps a resume within the same
-    # second from overwriting the earlier file, whose name otherwise holds the second and the host only.
-    self._writer = tensorboardX.SummaryWriter(
-        str(workdir / "tensorboard"), purge_step=resume_step, flush_secs=30, filename_suffix=f".{resume_step:08d}")
+    self._file: event_file_writer.EventsWriter | None = None
+    try:
+      (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
+      # The suffix keeps a resume within the same second from overwriting the earlier file, whose name otherwise holds
+      # the second and the host only.
+      self._file = event_file_writer.EventsWriter(str(workdir / "tensorboard" / "events"), f".{resume_step:08d}")
+      # Hides the points of earlier attempts from this step on.
+      self._add(event_pb2.Event(step=resume_step, file_version="brain.Event:2"))
+      self._add(event_pb2.Event(
+          step=resume_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
+    except OSError as e:
+      self._give_up(e)
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    for tag, value in metrics.items():
-      self._writer.add_scalar(tag, value, step)
+    try:
+      for tag, value in metrics.items():
+        self._add(event_pb2.Event(step=step, summary=summary.scalar(tag, value)))
+      if self._file is not None:
+        self._file.flush()
+    except OSError as e:
+      self._give_up(e)
+
+  def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+    self.write(step, metrics)
 
   def close(self) -> None:
-    self._writer.close()
+    try:
+      if self._file is not None:
+        self._file.close()
+    except OSError as e:
+      self._give_up(e)
+
+  def _add(self, event: Any) -> None:
+    if self._file is not None:
+      event.wall_time = time.time()
+      self._file.write_event(event)
+
+  def _give_up(self, error: OSError) -> None:
+    self._file = None
+    logging.warning(
+        "TensorBoard's files failed (%s: %s); the run goes on without them, and metrics.jsonl has all numbers.",
+        type(error).__name__, error)
 
 
 class _Wandb:
@@ -162,6 +213,9 @@ class _Wandb:
       self._run.log(dict(metrics), step=step)
     except self._failures as e:
       self._give_up(e)
+
+  def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+    self.write(step, metrics)  # W&B merges what one step is given.
 
   def close(self) -> None:
     if self._run is None:

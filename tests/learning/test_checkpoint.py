@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, in the background, on another mesh, and past damaged ones."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hbpo_jax
 from hbpo_jax.config import CheckpointConfig, RewardConfig
 from hbpo_jax.learning.checkpoint import Checkpointer, fingerprint
 from hbpo_jax.models.architecture import Architecture
@@ -202,6 +204,74 @@ def test_what_a_killed_save_left_is_removed(tmp_path, learner):
   (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
   assert restore(tmp_path, learner)[1]["at"] == 1
   assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]
+
+
+def test_a_save_that_fails_removes_no_older_checkpoint(tmp_path, learner, monkeypatch):
+  """The newest is damaged on disk and the next save fails: the one good checkpoint is still there."""
+  cfg = CheckpointConfig(max_to_keep=2)
+  save(tmp_path, learner, 1, 2, 3, cfg=cfg)
+  flip_one_bit(tmp_path / "3")
+
+  def fail(self):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  with monkeypatch.context() as patched:
+    patched.setattr(Checkpointer, "_write_checksums", fail)
+    checkpoints = Checkpointer(tmp_path, cfg)
+    checkpoints.save(4, make_state(learner, 4), META)
+    with pytest.raises(OSError) as raised:
+      checkpoints.wait()
+  assert raised.value.errno == errno.ENOSPC and str(tmp_path) in raised.value.filename
+  assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdecimal()) == ["2", "3"]
+  with Checkpointer(tmp_path, cfg) as checkpoints:
+    state, _ = checkpoints.restore_latest(learner.abstract_state())
+  tiny.assert_trees_equal(state, make_state(learner, 2))
+
+
+def test_the_good_one_outlives_a_new_save_beside_a_damaged_one(tmp_path, learner):
+  cfg = CheckpointConfig(max_to_keep=2)
+  save(tmp_path, learner, 1, 2, cfg=cfg)
+  truncate(tmp_path / "2")
+  save(tmp_path, learner, 3, cfg=cfg)
+  truncate(tmp_path / "3")
+  with Checkpointer(tmp_path, cfg) as checkpoints:
+    state, _ = checkpoints.restore_latest(learner.abstract_state())
+  tiny.assert_trees_equal(state, make_state(learner, 1))
+
+
+def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path, learner, monkeypatch):
+  """Killed at any moment before, and there is none; the checksums are in it when it gets its name."""
+  seen = []
+  write = Checkpointer._write_checksums
+
+  def watched(self):
+    seen.append(self.steps() == [] and not (tmp_path / "1").exists())
+    write(self)
+    seen.append(not (tmp_path / "1").exists())
+
+  monkeypatch.setattr(Checkpointer, "_write_checksums", watched)
+  save(tmp_path, learner, 1)
+  assert seen == [True, True] and (tmp_path / "1" / "checksums.json").exists()
+
+
+def test_a_newer_format_is_refused_and_an_older_one_read(tmp_path, learner):
+  save(tmp_path, learner, 1, 2)
+  path = tmp_path / "2" / "meta" / "metadata"
+  content = json.loads(path.read_text())
+  assert content["format"] == 1 and content["hbpo_jax"] == hbpo_jax.__version__
+
+  def rewrite(changed):
+    path.write_text(json.dumps(changed))
+    with Checkpointer(tmp_path, CFG) as checkpoints:
+      checkpoints._saving = 2
+      checkpoints._write_checksums()
+
+  rewrite(content | {"format": 2, "hbpo_jax": "9.1"})
+  with pytest.raises(ValueError, match="step 2 in .* is of format 2, written by hbpo_jax 9.1; this .* reads format 1"):
+    restore(tmp_path, learner)
+  del content["format"], content["hbpo_jax"]
+  rewrite(content)
+  tiny.assert_trees_equal(restore(tmp_path, learner)[0], make_state(learner, 2))
 
 
 def test_due():

@@ -72,6 +72,43 @@ def test_not_a_number_is_null_in_strict_json(tmp_path):
   assert math.isnan(scalars(tmp_path / "tensorboard")["a"][0])
 
 
+def test_a_row_that_was_left_open_is_completed_everywhere(tmp_path, monkeypatch):
+  fake = FakeWandb()
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  with writers.MetricWriter(tmp_path, LogConfig(wandb_project="p"), {}) as writer:
+    writer.write(0, {"a": 1})
+  with writers.MetricWriter(tmp_path, LogConfig(wandb_project="p"), {}, resume_step=1) as writer:
+    writer.amend(0, {"eval/accuracy": np.float32(0.5)})
+    writer.write(1, {"a": 2})
+  with writers.MetricWriter(tmp_path, LogConfig(every=2, tensorboard=False), {}, resume_step=2) as writer:
+    writer.amend(1, {"eval/accuracy": 1.0})  # That row is not one of those that are logged.
+  rows = files.read_rows(tmp_path / "metrics.jsonl")
+  assert rows == [{"step": 0, "a": 1.0, "eval/accuracy": 0.5}, {"step": 1, "a": 2.0}]
+  assert scalars(tmp_path / "tensorboard") == {"a": {0: 1.0, 1: 2.0}, "eval/accuracy": {0: 0.5}}
+  assert fake.logged == [(0, {"a": 1.0}), (0, {"eval/accuracy": 0.5}), (1, {"a": 2.0})]
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 3, 5])
+def test_tensorboard_lost_disk_never_stops_the_run(tmp_path, monkeypatch, fails_at):
+  """Events 0 to 2 open the file."""
+  warnings, left = [], [fails_at]
+  write = writers.event_file_writer.EventsWriter.write_event
+
+  def failing(self, event):
+    left[0] -= 1
+    if left[0] < 0:
+      raise OSError(107, "Transport endpoint is not connected")
+    return write(self, event)
+
+  monkeypatch.setattr(writers.event_file_writer.EventsWriter, "write_event", failing)
+  monkeypatch.setattr(writers.logging, "warning", lambda *args: warnings.append(args))
+  with writers.MetricWriter(tmp_path, LogConfig(), {}) as writer:
+    for step in range(40):
+      writer.write(step, {"a": step, "b": step})
+  assert len(files.read_rows(tmp_path / "metrics.jsonl")) == 40
+  assert len(warnings) == 1 and left == [-1], "left alone after the failure"
+
+
 def test_log_every(tmp_path):
   with writers.MetricWriter(tmp_path, LogConfig(every=3, tensorboard=False), {}) as writer:
     for step in range(7):

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -267,8 +268,8 @@ def test_a_failure_in_a_preemption_is_not_the_jobs(cloud):
   assert len(cloud.starts()) == 2
 
 
-@pytest.mark.parametrize("state", ["gone -", "exited 143"])
-def test_a_machine_that_restarted_resumes(cloud, state):
+@pytest.mark.parametrize("state", ["gone -", "exited 143", "stopped -"])
+def test_a_machine_that_restarted_or_announced_its_end_resumes(cloud, state):
   cloud.set(job=[state, state, "running -", "exited 0"])
   cloud.launch("run", "--watch", "--bucket=b", *CONFIG)
   assert len(cloud.starts()) == 2 and len(cloud.calls("tpu-vm create")) == 1
@@ -409,6 +410,8 @@ echo "arguments: $*"
 [ "$HF_TOKEN" = "hf 'sesame' \\$5678" ] && echo "token: good"
 for argument in "$@"; do case $argument in
   --wait) while [ ! -e "$HOME/go" ]; do sleep 0.05; done ;;
+  --workdir=*) workdir=${argument#--workdir=}; rm -f "$workdir/stopped.json" ;;
+  --saves) trap 'echo saved; echo {} >"$workdir/stopped.json"; exit 0' TERM; echo ready ;;
   --exit=*) exit "${argument#--exit=}" ;;
 esac; done
 """
@@ -465,6 +468,42 @@ def test_worker_knows_its_jobs_state(machines):
   assert "arguments: " in shown.stdout and "exited 0" in shown.stderr
   (machines.folder / "worker_0" / "hbpo_jax" / "job" / "exit_code").unlink()  # as if the machine had restarted
   assert "hbpo-state gone" in machines.launch("status", "--bucket=b").stdout
+
+
+def test_a_job_that_stopped_on_request_is_not_finished_and_is_resumed(machines):
+  """As when a machine that is taken away tells every process: the shell of the job, the run, and tmux's windows."""
+  jobs = [machines.folder / f"worker_{n}" / "hbpo_jax" / "job" for n in range(2)]
+  machines.launch("run", "--bucket=b", "--", "--saves", "--wait")
+  wait_for(lambda: all("ready" in (job / "log").read_text() for job in jobs))
+  for job in jobs:
+    shell, run = (int((job / name).read_text()) for name in ("pid", "run_pid"))
+    os.kill(shell, signal.SIGHUP)
+    os.kill(shell, signal.SIGTERM)
+    os.kill(run, signal.SIGHUP)
+  wait_for(lambda: all((job / "exit_code").exists() for job in jobs))
+  assert [(job / "log").read_text().count("saved") for job in jobs] == [1, 1]
+  assert machines.launch("status", "--bucket=b").stdout.count("hbpo-state stopped -") == 2
+  for n in range(2):
+    (machines.folder / f"worker_{n}" / "go").touch()
+  done = machines.launch("run", "--watch", "--bucket=b", "--", "--saves", "--wait")  # starts it again, to its end
+  assert "job: 0" in done.stderr
+  assert machines.launch("status", "--bucket=b").stdout.count("hbpo-state exited 0") == 2
+
+
+def test_stop_lets_the_run_save_first(machines):
+  machines.launch("run", "--bucket=b", "--", "--saves", "--wait")
+  job = machines.folder / "worker_1" / "hbpo_jax" / "job"
+  wait_for(lambda: "ready" in (job / "log").read_text())
+  machines.launch("stop")
+  assert (job / "log").read_text().endswith("saved\n")
+  assert machines.launch("status", "--bucket=b").stdout.count("hbpo-state exited 130") == 2
+
+
+def wait_for(condition, seconds=20.0):
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline, "it never came"
+    time.sleep(0.05)
 
 
 def test_worker_keeps_credentials_from_others(machines):
