@@ -30,8 +30,8 @@ Tuples are written `512,1024` or `(512, 1024)`; `none` clears an optional number
 `--noconfig.log.live` work as well. An impossible value or combination is refused before anything is loaded.
 """
 _COMMANDS = """`hbpo NAME` is `python -m hbpo_jax.NAME`; below is what `--help` prints. `--helpfull` adds all settings,
-`--help=SECTION` those of a section; [Configuration](configuration.md) has them on a page. `hbpo completion bash` (or zsh,
-fish) prints the script with which a shell completes names, settings and values.
+`--help=SECTION` those of a section; [Configuration](configuration.md) has them on a page. `hbpo completion bash` (or
+zsh, fish) prints the script with which a shell completes names, settings and values.
 """
 
 
