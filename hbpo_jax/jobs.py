@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -75,7 +76,7 @@ class Job:
       while self.is_running and time.monotonic() < deadline:
         time.sleep(0.05)
     if self.is_running:
-      raise RuntimeError(f"process {pid} ({self.argv[-1]}) does not end; end it by hand.")
+      raise RuntimeError(f"process {pid} ({shlex.join(self.argv[:3])} ...) does not end; end it by hand.")
 
 
 def start(
