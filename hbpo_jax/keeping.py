@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import pathlib
 import time
 from typing import Any, NoReturn
@@ -76,8 +77,8 @@ class Keeper:
     def meta():
       found = self._meta(data_state)
       if ahead is not None and step not in self.checkpoints.steps():
-        path = shelf.path_of(self.root, step)
-        found["ahead"] = distributed.from_writer("the rollouts ahead", lambda: shelf.save(path, ahead, ledger))
+        found["ahead"] = distributed.from_writer("the rollouts ahead", functools.partial(
+            shelf.save, shelf.path_of(self.root, step), ahead, ledger))
       return found
 
     self._save_and_stop(step, state, meta)
