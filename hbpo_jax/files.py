@@ -189,7 +189,7 @@ class StepFile:
     if not lines or lines[-1][1]["step"] != step:
       raise ValueError(f"{self._path} does not end with step {step}, which was to be completed; restore the file.")
     self._file.close()
-    lines[-1] = (json_line(lines[-1][1] | more).encode(), {})
+    lines[-1] = (json_line({**lines[-1][1], **more}).encode(), {})
     atomic_write_bytes(self._path, b"".join(line for line, _ in lines))
     self._file = open(self._path, "a", encoding="ascii")  # noqa: SIM115
 

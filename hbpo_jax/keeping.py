@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import pathlib
 import time
 from typing import Any, NoReturn
@@ -59,12 +60,14 @@ class Keeper:
     if meta.get("unmeasured"):
       self.log.amend(start - 1, self.evaluations.during(start, state, lambda: self._meta(meta["data_state"])))
 
-  def stop(self, step: int, state: TrainState, data_state: dict[str, Any], ahead: tuple[Rollouts, dict] | None
-           ) -> NoReturn:
+  def stop(
+      self, step: int, state: TrainState, data_state: dict[str, Any], ahead: Rollouts | None,
+      ledger: Mapping[str, float]) -> NoReturn:
     """Saves the state before a step.
 
     Args:
-      ahead: the rollouts of the step with their ledger, where they come from older weights than the state's.
+      ahead: the rollouts of the step, where they come from older weights than the state's.
+      ledger: of those.
     Raises:
       preemption.Stopped: always.
     """
@@ -74,8 +77,8 @@ class Keeper:
     def meta():
       found = self._meta(data_state)
       if ahead is not None and step not in self.checkpoints.steps():
-        path = shelf.path_of(self.root, step)
-        found["ahead"] = distributed.from_writer("the rollouts ahead", lambda: shelf.save(path, *ahead))
+        found["ahead"] = distributed.from_writer("the rollouts ahead", functools.partial(
+            shelf.save, shelf.path_of(self.root, step), ahead, ledger))
       return found
 
     self._save_and_stop(step, state, meta)

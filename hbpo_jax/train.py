@@ -91,7 +91,7 @@ class Trainer:
             preemption.check()
         except preemption.Stopped:
           self.keeper.stop(
-              step, state, data_state, None if generated is None else (generated.rollouts, generated.ledger))
+              step, state, data_state, generated and generated.rollouts, generated.ledger if generated else {})
         following = None
         if self._runs_ahead(step):
           # From the weights as they are before this step's updates.
