@@ -69,6 +69,7 @@ def test_choice(field, value):
 
 WHOLE_CASES = [
     ("seed", -1, 0), ("seed", 2**32, 2**32 - 1), ("steps", 0, 1), ("data.n_eval", -1, 0),
+    ("learner.max_nonfinite", -1, 0), ("learner.max_dumps", -1, 0),
     ("data.max_prompt_tokens", 0, 1), ("data.limit", -1, 0), ("data.synthetic.min_level", 0, 1),
     ("data.synthetic.modulus", 1, 2),
     ("data.synthetic.n_problems", 0, 1), ("rollout.queries", 0, 4), ("rollout.rollouts_per_query", 0, 4),
@@ -120,6 +121,8 @@ REAL_CASES = [
     ("alarms.entropy_low", (-0.1, 1.1, NAN), (0.0,)), ("alarms.entropy_high", (-1.0, NAN), (0.0, 9.0)),
     ("alarms.clip_share", (-0.1, 1.1, NAN), (0.0,)), ("alarms.truncated", (-0.1, 1.1, NAN), (0.0,)),
     ("alarms.timeouts", (-0.1, 1.1, NAN), (0.0,)), ("alarms.zero_variance", (-0.1, 1.1, NAN), (0.0,)),
+    ("alarms.ratio_max", (-1.0, NAN), (0.0, 9.0)), ("alarms.grad_spike", (-1.0, NAN), (0.0, 9.0)),
+    ("alarms.sampler_gap", (-0.1, 1.1, NAN), (0.0, 1.0)),
     ("eval.best_max_tokens", (0.0, NAN), (1.0, None)), ("eval.best_min_accuracy", (-0.1, 1.1, NAN), (0.0, 1.0, None)),
     ("eval.temperature", (-1.0, NAN), (0.0,)), ("eval.top_p", (0.0, 1.1, NAN), (1.0,)),
     ("sft.learning_rate", (0.0, NAN), (0.1,)), ("sft.weight_decay", (-1.0, NAN), (0.0,)),

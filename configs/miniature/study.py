@@ -1,24 +1,56 @@
-"""The miniature study: HBPO, its ablations and other methods, each on three seeds or one.
+"""The miniature study: HBPO, its ablations, and other methods, each on three seeds or one.
 
-Command:  make miniature (two cores: some hours; --quick: half an hour), or
+Command:  make miniature (two cores: hours, in as many sittings as you like; ARGS=--quick: half an hour), or
           python -m hbpo_jax.study --study=miniature/study --workdir=runs/miniature
-Expect:   docs/miniature.md.
+Expect:   cells/NAME.json for each warm start, learning rate and run; `hbpo report runs/miniature --out=docs` writes
+          them up.
+
+Methods without budgets train on a query's 16 responses as one group, with nothing forced; the others force a budget
+sentence on each share of them. Numbers of their papers that count tokens are scaled from the papers' lengths to L_max.
 """
 
 from hbpo_jax.studies.plan import Method, Study
 
-_PLAIN = {"reward.form": "classic", "advantage.intra_coef": 0.0}
+_L_MAX = 80
+_PLAIN = {"advantage.intra_coef": 0.0, "prompt.budget_sentence": "", "rollout.budgets": (_L_MAX,)}
+_PER_TOKEN = 4096 / _L_MAX
+
+
+def _budgets(*budgets, **settings):
+  return {"profile": "hbpo", "rollout.budgets": budgets} | settings
 
 
 def get_study():
   return Study(
       config="miniature/task",
       methods=(
-          Method("classic", "0/1 reward", {"reward.form": "classic", "advantage.intra_coef": 0.0}),
-          Method("cosine", "cosine reward", {"reward.form": "cosine", "advantage.intra_coef": 0.0}),
+          Method("classic", "0/1 reward", {"reward.form": "classic"} | _PLAIN),
+          Method("cosine", "cosine reward", {"reward.form": "cosine"} | _PLAIN),
           Method("paper", "HBPO, paper", {"profile": "paper"}),
           Method("released", "HBPO, release", {"profile": "released"}),
           Method("hbpo", "HBPO, ours", {"profile": "hbpo"}),
+          Method("budgets_1", "one budget", _budgets(30), "hbpo", "ablation"),
+          Method("budgets_2", "two budgets", _budgets(16, 44), "hbpo", "ablation"),
+          Method("budgets_4", "four budgets", _budgets(8, 16, 32, 64), "hbpo", "ablation"),
+          Method("budgets_6", "six budgets", _budgets(8, 16, 24, 32, 40, 60, **{"rollout.rollouts_per_query": 18}),
+                 "hbpo", "ablation"),
+          Method("budgets_8", "eight budgets", _budgets(6, 10, 16, 24, 32, 40, 48, 64), "hbpo", "ablation"),
+          Method("context", "sentence not trained", {"profile": "hbpo", "prompt.prefix_role": "context"}, "hbpo",
+                 "ablation"),
+          Method("tight", "caps at the budgets", {"profile": "hbpo", "rollout.caps": (12, 24, 48, 80)}, "hbpo",
+                 "ablation"),
+          Method("l1_max", "L1-Max", {
+              "reward.form": "l1_max", "reward.alpha": 3e-4 * _PER_TOKEN, "advantage.intra_coef": 0.0}, group="rival"),
+          Method("efficient", "TLMRE", {"reward.form": "efficient", "advantage.form": "leave_one_out"} | _PLAIN,
+                 group="rival"),
+          Method("alp", "ALP", {"reward.form": "alp", "reward.alpha": 1e-7 * 16384 / _L_MAX} | _PLAIN, group="rival"),
+          Method("grpo_lambda", "GRPO-lambda", {"reward.form": "grpo_lambda"} | _PLAIN, group="rival"),
+          Method("adlp", "A-DLP", {"reward.form": "adlp", "reward.target_accuracy": 0.95} | _PLAIN, group="rival"),
+          Method("hmpo", "HMPO", {"reward.form": "hmpo"} | _PLAIN, group="rival"),
+          Method("thinkprune", "ThinkPrune", {
+              "reward.form": "thinkprune", "reward.limits": (_L_MAX, 60, 40), "reward.limit_steps": (20, 40)} | _PLAIN,
+              group="rival"),
+          Method("autothink", "AutoThink", {"reward.form": "autothink"} | _PLAIN, group="rival"),
       ),
       seeds=(0, 1, 2),
       rival_seeds=(0,),

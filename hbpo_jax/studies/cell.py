@@ -69,6 +69,9 @@ def run(study: Study, cell: Cell, root: pathlib.Path) -> dict[str, Any]:
     model, training = folder / "export", _dynamics(folder)
   n = study.n_tune if cell.kind == "tune" else study.n_eval
   modes = {"warm_start": study.forced + study.modes, "method": study.modes}.get(cell.kind, ())
+  # Every method is measured with the same prompt and the same budgets, whatever it trained with.
+  base = plan.settings(study, dataclasses.replace(cell, kind="warm_start"), root)
+  cfg = dataclasses.replace(cfg, prompt=base.prompt, rollout=base.rollout)
   measured = _evaluate(cfg, model, folder / "natural", ("natural",), n, cell.seed)
   if modes:
     measured |= _evaluate(cfg, model, folder / "modes", modes, study.n_modes, cell.seed)
@@ -110,7 +113,7 @@ def _evaluate(
       eval=dataclasses.replace(cfg.eval, modes=modes, benchmarks=(BENCHMARK,)))
   evaluate.main(cfg, str(folder))
   rows = store.open_existing(folder).rows[BENCHMARK]
-  pattern = patterns.budget_pattern(cfg.prompt.budget_sentence) if "{budget}" in cfg.prompt.budget_sentence else None
+  pattern = patterns.budget_pattern(cfg.prompt.budget_sentence)
   return {
       mode: numbers([row for row in rows if row["mode"] == mode], pattern if mode == "natural" else None)
       for mode in dict.fromkeys(row["mode"] for row in rows)}

@@ -138,3 +138,17 @@ def test_the_budget_sentence_carries_loss_in_a_share_of_the_rows(builder, tiny_c
   assert has_loss[:, n_opening].all()
   assert (has_loss[:, :n_opening].all(axis=1) == has_loss[:, 0]).all()
   assert has_loss[:, 0].mean() == pytest.approx(0.25, abs=0.08)
+
+
+def test_traces_state_budgets_of_their_own(tiny_cfg):
+  task = dataclasses.replace(tiny_cfg.data.synthetic, traces="modes")
+  cfg = dataclasses.replace(
+      tiny_cfg, data=dataclasses.replace(tiny_cfg.data, synthetic=task),
+      reward=dataclasses.replace(tiny_cfg.reward, max_response_tokens=64),
+      sft=dataclasses.replace(tiny_cfg.sft, budget_share=1.0, budgets=(7, 33), rows=100))
+  builder = PromptBuilder(synthetic.make_tokenizer(task, (7, 33), (cfg.prompt.budget_sentence,)), cfg)
+  batch = SftData(synthetic.problems(task, 0, "train", 60), builder, cfg).batch(0)
+  openings = {b: builder.budget_tokens(b) for b in (7, 33)}
+  stated = [next(b for b, tokens in openings.items() if row[:len(tokens)].tolist() == tokens)
+            for row in completions(batch)]
+  assert set(stated) == {7, 33}

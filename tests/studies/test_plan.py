@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from hbpo_jax import validation
 from hbpo_jax.studies import plan
 from hbpo_jax.studies.plan import Method, Study
 
@@ -62,7 +63,7 @@ def test_the_shipped_study_is_sound():
   study = plan.load("miniature/study")
   cells = plan.cells(study)
   for cell in cells:
-    plan.settings(study, cell, pathlib.Path("out"), cell.rate)
+    validation.validate(plan.settings(study, cell, pathlib.Path("out"), cell.rate), n_devices=1)
   assert {"classic", "cosine", "paper", "released", "hbpo"} <= {c.method for c in cells}
   hard = 2 / 6 * study.n_eval
   assert len(study.seeds) >= 3 and hard >= 3000
