@@ -72,7 +72,8 @@ def test_a_shell_completes(shell, typed, expected, tmp_path):
 def test_a_script_knows_every_command_flag_setting_config_and_choice(shell):
   """Also where the shell is not installed."""
   said = set(re.findall(r"[\w./]+", completion.script(shell)))
-  known = {*commands.COMMANDS, *flags.config_names(), *completion.SHELLS, *(f"config.{n}" for n in config.field_table())}
+  known = {*commands.COMMANDS, *flags.config_names(), *completion.SHELLS}
+  known |= {f"config.{name}" for name in config.field_table()}
   for command in commands.COMMANDS.values():
     for option in command.options:
       known |= {option.name, *(option.values if isinstance(option.values, tuple) else ())}
