@@ -92,7 +92,9 @@ def _fish_lines() -> Iterator[str]:
       "config": f"-rF -a '{' '.join(flags.config_names())}'"}
   for name, command in commands.COMMANDS.items():
     for o in _options(command):
-      takes = values[str(o.values)] if o.values else "-x" if o.metavar else ""
+      takes = "-x" if o.metavar else ""
+      if o.values:
+        takes = values[o.values] if isinstance(o.values, str) else f"-x -a '{' '.join(o.values)}'"
       yield f"complete -c hbpo -n '__fish_seen_subcommand_from {name}' -l {o.name} {takes} -d {quote(o.help)}"
     if command.arguments:
       yield f"complete -c hbpo -n '__fish_seen_subcommand_from {name}' -a '(__fish_complete_directories)'"

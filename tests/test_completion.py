@@ -68,6 +68,20 @@ def test_a_shell_completes(shell, typed, expected, tmp_path):
   assert joined(completed(shell, typed, tmp_path)).rstrip("/") == joined(expected)
 
 
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_a_script_knows_every_command_flag_setting_config_and_choice(shell):
+  """Also where the shell is not installed."""
+  said = set(re.findall(r"[\w./]+", completion.script(shell)))
+  known = {*commands.COMMANDS, *flags.config_names(), *completion.SHELLS}
+  known |= {f"config.{name}" for name in config.field_table()}
+  for command in commands.COMMANDS.values():
+    for option in command.options:
+      known |= {option.name, *(option.values if isinstance(option.values, tuple) else ())}
+  for texts in completion.choices().values():
+    known |= set(texts)
+  assert known <= said
+
+
 def bash(tmp_path, line, breaks=" \t\n\"'><=;|&(:"):
   """What bash offers for a line, without a terminal."""
   script = tmp_path / "completion.bash"

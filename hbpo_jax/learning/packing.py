@@ -72,8 +72,9 @@ def pack_rows(batch: Batch, *, micro_rows: int, shards: int, row_tokens: int = 0
   P = batch.tokens_RT.shape[1] - C
   of_groups = lambda x_RC: (x_RC[:, None],)  # R queries of one response each
   n_prompt_R, n_tokens_R = (np.asarray(part, bool).sum(axis=1) for part in np.split(batch.segment_RT, [P], axis=1))
-  nothing: Any = np.zeros((len(n_prompt_R), 0), np.int32)
-  prompts = Prompts(batch.tokens_RT[:, :P], n_prompt_R, nothing, nothing, np.arange(len(n_prompt_R)))
+  prompts = Prompts(
+      batch.tokens_RT[:, :P], n_prompt_R, prefix_GF=np.zeros((1, 0), np.int32), n_prefix_G=np.zeros(1, np.int32),
+      query_B=np.arange(len(n_prompt_R)))
   rollouts = Rollouts(
       tokens=of_groups(batch.tokens_RT[:, P:]), completion_mask=of_groups(batch.completion_mask_RC),
       logp_sampler=of_groups(np.zeros(batch.completion_mask_RC.shape, np.float32)),
