@@ -24,6 +24,7 @@ import sys
 import tempfile
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -93,9 +94,9 @@ def compare(one: str | os.PathLike, other: str | os.PathLike) -> list[Item]:
 
 def show(items: Sequence[Item]) -> str:
   """The table of a proof."""
+  verdict = lambda item: "DIFFERS" if item.difference else "equal" if item.count else "none"
   rows = tuple(
-      (item.name, f"{item.count:,}", *((h[:12] or "-") for h in item.hashes), "DIFFERS" if item.difference else "equal")
-      for item in items)
+      (item.name, f"{item.count:,}", *((h[:12] or "-") for h in item.hashes), verdict(item)) for item in items)
   return Table("", ("item", "things", *_SIDES, ""), rows, has_total=False).to_text().lstrip()
 
 
@@ -132,15 +133,15 @@ def _checkpoint(root: pathlib.Path) -> tuple[dict[str, str], dict[str, Any]]:
   if not steps:
     raise FileNotFoundError(f"{root / FOLDERS[0]} holds no checkpoint; a proof compares those of finished runs.")
   folder = root / FOLDERS[0] / str(max(steps))
-  with ocp.PyTreeCheckpointer() as reader:
-    structure = reader.metadata(folder / ITEMS[0]).item_metadata.tree
-    # As NumPy arrays: on which devices they were does not matter here, nor whether these are free.
-    arrays = reader.restore(folder / ITEMS[0], args=ocp.args.PyTreeRestore(
-        restore_args=ocp.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)))
+  reader = ocp.PyTreeCheckpointHandler()
+  # As NumPy arrays: on which devices they were does not matter here, nor whether these are free.
+  arrays = reader.restore(folder / ITEMS[0], args=ocp.args.PyTreeRestore(restore_args=jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder / ITEMS[0]).tree)))
+  reader.close()
   found = {}
-  for path, leaf in ocp.tree.to_flat_dict(arrays, sep="/").items():
-    array = np.ascontiguousarray(leaf)
-    found[path] = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+    array, name = np.ascontiguousarray(leaf), jax.tree_util.keystr(path, simple=True, separator="/")
+    found[name] = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
   return found, json.loads((folder / ITEMS[1] / "metadata").read_text())["meta"]
 
 
@@ -268,7 +269,7 @@ def main(argv: Sequence[str]) -> int:
   if wrong:
     print(f"NOT the same run: {wrong[0].name}, {wrong[0].difference}")
     return 1
-  print(f"the same run, bit for bit: {len(items)} items equal after {len(plan.cuts)} cut(s) at {plan.at}")
+  print(f"the same run, bit for bit: {sum(item.count for item in items):,} things equal after {len(plan.cuts)} cut(s)")
   return 0
 
 
