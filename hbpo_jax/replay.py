@@ -23,7 +23,7 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from hbpo_jax import assemble, config, run_info, validation, versions
+from hbpo_jax import assemble, config, hub, run_info, validation, versions
 from hbpo_jax.config import Config, MeshConfig
 from hbpo_jax.learning import dumps, guards, survey
 from hbpo_jax.learning.learner import Learner
@@ -160,7 +160,7 @@ def _make_learner(dump: dumps.Dump, cfg: Config) -> Learner:
     mesh = sharding.make_mesh(cfg.mesh)
   learner = Learner(arch, cfg, mesh)
   if cfg.lora.rank:
-    directory = weights.resolve(cfg.model.path, cfg.model.revision)
+    directory = hub.checkpoint(cfg.model.path, cfg.model.revision)
     learner.freeze(weights.load(directory, arch, mesh, param_dtype=assemble.base_dtype(cfg)))
   return learner
 
