@@ -18,7 +18,7 @@ from typing import Any
 
 from IPython import display
 
-from hbpo_jax import jobs
+from hbpo_jax import jobs, preemption
 from hbpo_jax.evaluation import output
 from hbpo_jax.files import read_rows
 from hbpo_jax.reporting import plots, runs, sample_view, summary, tables
@@ -86,13 +86,21 @@ def train(*arguments: str, workdir: str | os.PathLike, poll_s: float = 2.0) -> N
       handle.update(display.HTML(view))
 
   _watch(job, show, poll_s)
+  if (root / preemption.STOPPED).is_file():  # Asked by someone else to stop, it saved its state and ended well.
+    raise CellError(f"{job.argv[2]} was stopped. Run this cell again to continue it. Its output is in {job.log}.")
 
 
-def stop(workdir: str | os.PathLike, command: str = "train") -> None:
-  """Ends a command that an earlier cell started; the same cell as before continues it."""
+def stop(workdir: str | os.PathLike, command: str = "train", grace_s: float = 300.0) -> None:
+  """Ends a command that an earlier cell started; the same cell as before continues it.
+
+  Args:
+    workdir: of the command.
+    command: such as train.
+    grace_s: seconds that it has to end its step and save; then it is killed.
+  """
   job = jobs.find(workdir, command)
   was_running = job.is_running
-  job.stop()
+  job.stop(grace_s)
   print(f"{command} in {workdir} {'is stopped' if was_running else 'was not running'}")
 
 

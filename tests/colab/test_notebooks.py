@@ -222,7 +222,7 @@ def test_the_tpu_notebook_survives_interrupt_and_loss_of_the_machine(tmp_path, m
   with notebooks.Kernel(first, tmp_path, env) as kernel:
     kernel.run("install", "parameters", "settings", "storage", "plan", "doctor")
     assert kernel.shown("storage").splitlines()[0] == "HF_TOKEN is set"
-    assert "fits: " in kernel.shown("plan") and "healthy" in kernel.shown("doctor").splitlines()[-1]
+    assert "\nfits: " in kernel.shown("plan") and "\nhealthy: " in kernel.shown("doctor")
     thread = threading.Thread(target=interrupt_at_the_gate, args=(kernel,))
     thread.start()
     with pytest.raises(Exception, match="Only the view is stopped"):

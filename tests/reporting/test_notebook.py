@@ -122,6 +122,14 @@ def test_train_shows_steps_curves_and_the_end(program, tmp_path, shown):
     assert text in shown[0], text
 
 
+def test_a_run_that_was_asked_to_stop_ends_the_cell_though_it_ended_well(program, tmp_path, shown):
+  program(f"echo '{{}}' > {tmp_path}/stopped.json")
+  with pytest.raises(notebook.CellError, match="hbpo_jax.train was stopped. Run this cell again to continue it"):
+    notebook.train("--config=smoke", workdir=tmp_path, poll_s=0.02)
+  program(f"rm {tmp_path}/stopped.json")
+  notebook.train("--config=smoke", workdir=tmp_path, poll_s=0.02)
+
+
 def test_a_view_from_before_the_first_step(program, tmp_path, shown):
   program("echo compiling")
   notebook.train("--config=smoke", workdir=tmp_path, poll_s=0.02)
