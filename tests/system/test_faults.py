@@ -11,8 +11,10 @@ import pytest
 from tests.system import faults, runs
 
 STEPS = 6
-EVALUATED = {"data.n_eval": 2, "eval.every": 2, "eval.max_new_tokens": 16, "eval.best_max_tokens": 1000.0}
-SETTINGS = {"steps": STEPS, "checkpoint.save_every": 3, "log.digests": True, **EVALUATED}
+SETTINGS = {
+    "steps": STEPS, "checkpoint.save_every": 3, "log.digests": True, "data.n_eval": 2, "eval.every": 2,
+    "eval.max_new_tokens": 16, "eval.best_max_tokens": 1000.0}
+PLAIN = {"data.n_eval": 0, "eval.every": 0}  # Fewer programs, those of the other whole runs.
 KILLS = int(os.environ.get("HBPO_KILLS", "50"))
 
 
@@ -45,6 +47,15 @@ def whole(start, tmp_path_factory):
   return workdir
 
 
+@pytest.fixture(scope="module")
+def plain(start, tmp_path_factory):
+  """The uninterrupted run without evaluations."""
+  workdir = tmp_path_factory.mktemp("plain") / "run"
+  done = start(workdir, **PLAIN)
+  assert done.code == 0, done.text
+  return workdir
+
+
 def finish(start, workdir, whole, *faults_, **changes):
   """Starts a run again, without what ended it, and compares it with the uninterrupted one."""
   done = start(workdir, *faults_, **changes)
@@ -54,22 +65,22 @@ def finish(start, workdir, whole, *faults_, **changes):
   return done
 
 
-def test_five_random_kills_in_a_row_end_bit_identical(start, whole, tmp_path):
-  points = faults.random_points(1, 5, STEPS, save_every=3)
-  codes = [start(tmp_path / "run", point).code for point in points]
+def test_five_random_kills_in_a_row_end_bit_identical(start, plain, tmp_path):
+  points = faults.random_points(281, 5, STEPS, save_every=3)
+  codes = [start(tmp_path / "run", point, **PLAIN).code for point in points]
   assert codes == [-signal.SIGKILL] * 5, points
-  finish(start, tmp_path / "run", whole)
+  finish(start, tmp_path / "run", plain, **PLAIN)
 
 
-def test_a_run_that_is_told_to_stop_during_rollouts_saves_the_steps_start(start, whole, tmp_path):
-  stopped = start(tmp_path / "run", "rollout:4:0:term")
+def test_a_run_that_is_told_to_stop_during_rollouts_saves_the_steps_start(start, plain, tmp_path):
+  stopped = start(tmp_path / "run", "rollout:4:0:term", **PLAIN)
   assert stopped.code == 0 and "stops at the next safe point" in stopped.text
   assert f"stopped by SIGTERM: the state after 4 of {STEPS} steps is saved, in " in stopped.error
   assert "s after SIGTERM. The same command goes on" in stopped.error
   assert faults.checkpoints(tmp_path / "run") == [3, 4] and not (tmp_path / "run" / "export").exists()
   note = json.loads((tmp_path / "run" / "stopped.json").read_text())
   assert note["by"] == "SIGTERM" and "after 4 of" in note["what"]
-  done = finish(start, tmp_path / "run", whole)
+  done = finish(start, tmp_path / "run", plain, **PLAIN)
   assert f"resuming: 4 of {STEPS}" in done.text and not (tmp_path / "run" / "stopped.json").exists()
 
 
