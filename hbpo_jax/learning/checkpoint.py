@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import re
+import sys
 from typing import Any
 
 import jax
@@ -61,8 +62,7 @@ class Checkpointer:
     self.directory = pathlib.Path(directory).absolute()
     self._cfg = cfg
     self._saving = -1
-    for name in ("absl", "asyncio"):
-      logging.getLogger(name).addFilter(_is_news)
+    _leave_telling_to_wait()
     if cfg.max_to_keep < 1:
       raise ValueError(f"checkpoint.max_to_keep={cfg.max_to_keep} keeps nothing; set it to at least 1.")
     if must_exist and not any(path.name.isdecimal() for path in self.directory.glob("*")):
@@ -330,6 +330,23 @@ def _stored(state: Any) -> dict[str, Any]:
   """
   fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
   return {name: value for name, value in fields.items() if name != "memory" or value}
+
+
+def _leave_telling_to_wait() -> None:
+  """Keeps the tracebacks from the terminal that Orbax and TensorStore print of a save that fails in the background."""
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(_is_news)
+  if getattr(sys.excepthook, "of_checkpoints", False):
+    return
+  hook = sys.excepthook
+
+  def quiet(kind, error, trace):
+    # The writes that were on their way with the one that failed end after the loop that waited for them.
+    if kind is not RuntimeError or str(error) != "Event loop is closed":
+      hook(kind, error, trace)
+
+  quiet.of_checkpoints = True
+  sys.excepthook = quiet
 
 
 def _is_news(record: logging.LogRecord) -> bool:
