@@ -48,8 +48,8 @@ def stoppable(main: Callable[[Config, str], None]) -> Callable[[Config, str], No
   def stopping(cfg: Config, workdir: str) -> None:
     _Request.by, _Request.n_checks, _Request.is_agreed = "", 0, False
     note = pathlib.Path(workdir) / STOPPED
-    if distributed.is_writer():
-      note.unlink(missing_ok=True)
+    if distributed.is_writer() and note.exists():
+      note.unlink()
     before = _listen()
     try:
       main(cfg, workdir)

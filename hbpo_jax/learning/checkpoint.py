@@ -5,13 +5,16 @@ checksums: of every file, written before Orbax renames the finished directory in
 on the devices at the moment of `save`. Random keys are functions of (seed, step), so numbers are all their state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import pathlib
+import re
+import sys
 from typing import Any
 
 import jax
@@ -59,6 +62,7 @@ class Checkpointer:
     self.directory = pathlib.Path(directory).absolute()
     self._cfg = cfg
     self._saving = -1
+    _leave_telling_to_wait()
     if cfg.max_to_keep < 1:
       raise ValueError(f"checkpoint.max_to_keep={cfg.max_to_keep} keeps nothing; set it to at least 1.")
     if must_exist and not any(path.name.isdecimal() for path in self.directory.glob("*")):
@@ -108,7 +112,7 @@ class Checkpointer:
       raise ValueError(f"the checkpoint's meta is not plain JSON ({error}); convert its values first.") from error
     self._saving = step
     items = ocp.args.Composite(state=ocp.args.StandardSave(_stored(state)), meta=ocp.args.JsonSave(content))
-    with naming(self.directory):
+    with self._storage_errors():
       return self._manager.save(step, args=items, force=True)
 
   def restore_latest(
@@ -189,12 +193,25 @@ class Checkpointer:
     Raises:
       OSError: when one could not be written; names the directory.
     """
-    with naming(self.directory):
+    with self._storage_errors():
       self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits for the saves and releases the background threads."""
-    self._manager.close()
+    with self._storage_errors():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _storage_errors(self) -> Iterator[None]:
+    """A context in which trouble with the disk is an OSError with a path; Orbax hides it in a ValueError."""
+    try:
+      with naming(self.directory):
+        yield
+    except ValueError as error:
+      found = re.search(r"os_error_code='(\d+)'", str(error))
+      if found is None:
+        raise
+      raise OSError(int(found[1]), os.strerror(int(found[1])), str(self.directory)) from error
 
   def _write_checksums(self) -> None:
     """Orbax's background thread calls this when a checkpoint's files are complete, before it gets its final name."""
@@ -313,6 +330,29 @@ def _stored(state: Any) -> dict[str, Any]:
   """
   fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
   return {name: value for name, value in fields.items() if name != "memory" or value}
+
+
+def _leave_telling_to_wait() -> None:
+  """Keeps the tracebacks from the terminal that Orbax and TensorStore print of a save that fails in the background."""
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(_is_news)
+  if getattr(sys.excepthook, "of_checkpoints", False):
+    return
+  hook = sys.excepthook
+
+  def quiet(kind, error, trace):
+    # The writes that were on their way with the one that failed end after the loop that waited for them.
+    if kind is not RuntimeError or str(error) != "Event loop is closed":
+      hook(kind, error, trace)
+
+  quiet.of_checkpoints = True
+  sys.excepthook = quiet
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """False for the tracebacks that Orbax logs of a save which failed in the background: `wait` raises what they tell."""
+  told = "orbax" in record.pathname or "orbax-checkpoint-tmp" in record.getMessage()
+  return record.levelno < logging.ERROR or not told
 
 
 def fingerprint(tree: Any) -> dict[str, int]:

@@ -303,6 +303,19 @@ def test_a_failure_in_the_background_is_raised(tmp_path, learner, monkeypatch):
   assert not (tmp_path / "1").exists()
 
 
+@pytest.mark.parametrize("where", ["save", "wait_until_finished", "close"])
+def test_a_full_disk_is_an_error_of_the_disk_wherever_it_is_met(tmp_path, learner, monkeypatch, where):
+  def fail(*_, **__):
+    raise ValueError("RESOURCE_EXHAUSTED: Error writing \"x\": No space left on device [os_error_code='28']")
+
+  checkpoints = Checkpointer(tmp_path, CFG)
+  monkeypatch.setattr(checkpoints._manager, where, fail)
+  with pytest.raises(OSError) as raised:
+    checkpoints.save(1, make_state(learner), META)
+    checkpoints.close()
+  assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path))
+
+
 def test_fingerprint_sees_one_bit_in_any_dtype():
   tree = {"a": jnp.arange(12, dtype=jnp.float32).reshape(3, 4), "b": jnp.ones((2, 3), jnp.bfloat16),
           "c": jnp.zeros((), jnp.int32), "d": jnp.array([True, False])}

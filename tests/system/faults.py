@@ -49,11 +49,17 @@ class Nursery:
     self._process.stdin.close()
     self._process.wait(timeout=60)
 
-  def run(self, module: str, overrides: dict, workdir: pathlib.Path, *faults: str) -> Ended:
-    """A command to its end."""
+  def run(self, module: str, overrides: dict, workdir: pathlib.Path, *faults: str, at: pathlib.Path | None = None
+          ) -> Ended:
+    """A command to its end.
+
+    Args:
+      at: where its config file goes; None means beside the working directory.
+    """
     self._n += 1
     log = self._folder / f"{self._n}.log"
-    order = {"faults": faults, "module": module, "argv": runs.arguments(overrides, workdir), "log": str(log)}
+    argv = [a for a in runs.arguments(overrides, (at or workdir.parent) / workdir.name) if "--workdir" not in a]
+    order = {"faults": faults, "module": module, "argv": [*argv, f"--workdir={workdir}"], "log": str(log)}
     self._process.stdin.write(json.dumps(order) + "\n")
     self._process.stdin.flush()
     code = int(self._process.stdout.readline())
@@ -235,17 +241,18 @@ def random_points(seed: int, n: int, steps: int, save_every: int) -> list[str]:
     steps: of the run; the points spread over them.
     save_every: steps between its checkpoints.
   """
+  names = ("rollout", "grading", "verdicts", "update", "log", "checkpoint", "checkpoint_writing", "checkpoint_written",
+           "checkpoint_summed", "checkpoint_done")
   draw, points, done = random.Random(seed), [], 0
   for i in range(n):
-    name = draw.choice(("rollout", "grading", "verdicts", "update", "checkpoint", "checkpoint_writing",
-                        "checkpoint_written", "checkpoint_summed", "checkpoint_done", "log"))
-    step = max(done, 1 + i * (steps - 2) // n)
-    if name == "verdicts" and step == done:
-      name = "grading"  # Verdicts that are on disk are not written again.
-    if name.startswith("checkpoint"):
-      step = -(-step // save_every) * save_every
-    count = draw.randrange(2) if name in ("rollout", "update") else 0
-    points.append(f"{name}:{step}:{count}")
+    while True:
+      name, step = draw.choice(names), max(done, 1 + i * (steps - 2) // n)
+      if name.startswith("checkpoint"):
+        step = -(-max(step, done + 1) // save_every) * save_every  # That of `done` may be there already.
+      # Verdicts that are on disk are not written again.
+      if step < steps and not (name == "verdicts" and step == done):
+        break
+    points.append(f"{name}:{step}:{draw.randrange(2) if name in ('rollout', 'update') else 0}")
     done = step
   return points
 

@@ -11,8 +11,10 @@ import pytest
 from tests.system import faults, runs
 
 STEPS = 6
-EVALUATED = {"data.n_eval": 2, "eval.every": 2, "eval.max_new_tokens": 16, "eval.best_max_tokens": 1000.0}
-SETTINGS = {"steps": STEPS, "checkpoint.save_every": 3, "log.digests": True, **EVALUATED}
+SETTINGS = {
+    "steps": STEPS, "checkpoint.save_every": 3, "log.digests": True, "data.n_eval": 2, "eval.every": 2,
+    "eval.max_new_tokens": 16, "eval.best_max_tokens": 1000.0}
+PLAIN = {"data.n_eval": 0, "eval.every": 0}  # Fewer programs, those of the other whole runs.
 KILLS = int(os.environ.get("HBPO_KILLS", "50"))
 
 
@@ -31,9 +33,9 @@ def nursery(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(nursery, inputs):
-  """start(workdir, *faults, **changes): the training run, to its end."""
-  return lambda workdir, *faults, **changes: nursery.run(
-      "train", runs.settings(inputs) | SETTINGS | changes, workdir, *faults)
+  """start(workdir, *faults, **changes): the training run, to its end. at: where its config file goes."""
+  return lambda workdir, *faults, at=None, **changes: nursery.run(
+      "train", runs.settings(inputs) | SETTINGS | changes, workdir, *faults, at=at)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,15 @@ def whole(start, tmp_path_factory):
   """The uninterrupted run."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
   done = start(workdir)
+  assert done.code == 0, done.text
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def plain(start, tmp_path_factory):
+  """The uninterrupted run without evaluations."""
+  workdir = tmp_path_factory.mktemp("plain") / "run"
+  done = start(workdir, **PLAIN)
   assert done.code == 0, done.text
   return workdir
 
@@ -54,23 +65,22 @@ def finish(start, workdir, whole, *faults_, **changes):
   return done
 
 
-def test_five_random_kills_in_a_row_end_bit_identical(start, whole, tmp_path):
-  points = faults.random_points(1, 5, STEPS, save_every=3)
-  codes = [start(tmp_path / "run", point).code for point in points]
+def test_five_random_kills_and_a_stop_in_a_row_end_bit_identical(start, plain, tmp_path):
+  workdir = tmp_path / "run"
+  points = faults.random_points(281, 5, STEPS, save_every=3)
+  codes = [start(workdir, point, **PLAIN).code for point in points]
   assert codes == [-signal.SIGKILL] * 5, points
-  finish(start, tmp_path / "run", whole)
 
-
-def test_a_run_that_is_told_to_stop_during_rollouts_saves_the_steps_start(start, whole, tmp_path):
-  stopped = start(tmp_path / "run", "rollout:4:0:term")
-  assert stopped.code == 0 and "stops at the next safe point" in stopped.text
+  # Told to stop during the rollouts of step 4, it saves what that step started from.
+  stopped = start(workdir, "rollout:4:0:term", **PLAIN)
+  assert stopped.code == 0 and "stops at the next safe point" in stopped.text, stopped.text
   assert f"stopped by SIGTERM: the state after 4 of {STEPS} steps is saved, in " in stopped.error
   assert "s after SIGTERM. The same command goes on" in stopped.error
-  assert faults.checkpoints(tmp_path / "run") == [3, 4] and not (tmp_path / "run" / "export").exists()
-  note = json.loads((tmp_path / "run" / "stopped.json").read_text())
+  assert faults.checkpoints(workdir) == [3, 4] and not (workdir / "export").exists()
+  note = json.loads((workdir / "stopped.json").read_text())
   assert note["by"] == "SIGTERM" and "after 4 of" in note["what"]
-  done = finish(start, tmp_path / "run", whole)
-  assert f"resuming: 4 of {STEPS}" in done.text and not (tmp_path / "run" / "stopped.json").exists()
+  done = finish(start, workdir, plain, **PLAIN)
+  assert f"resuming: 4 of {STEPS}" in done.text and not (workdir / "stopped.json").exists()
 
 
 @pytest.mark.slow
@@ -151,6 +161,30 @@ def test_a_full_or_read_only_disk_is_one_clear_line(start, whole, tmp_path, faul
   assert ("Read-only" in failed.error) == ("EROFS" in fault or "readonly" in fault)
   assert "the same command goes on from there" in failed.error
   finish(start, workdir, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["600k", "1200k", "2m", "3m"])
+def test_on_a_disk_that_is_really_full_what_was_saved_is_whole(start, whole, tmp_path, size):
+  disk = tmp_path / "disk"
+  disk.mkdir()
+  mount = lambda *arguments: subprocess.run(["mount", *arguments, disk], capture_output=True).returncode == 0
+  if os.geteuid() != 0 or not mount("-t", "tmpfs", "-o", f"size={size}", "none"):
+    pytest.skip("only root may mount a small disk")
+  try:
+    workdir = disk / "run"
+    (tmp_path / "copy").mkdir()
+    failed = start(workdir, at=tmp_path / "copy")
+    assert failed.code == 2 and "Traceback" not in failed.text, failed.text
+    assert failed.error.startswith(f"error: {workdir}/") and "No space left on device; free space" in failed.error
+    assert mount("-o", "remount,ro")
+    refused = start(workdir, at=tmp_path / "copy")
+    assert refused.code == 2 and "Read-only file system; make it writable" in refused.error, refused.text
+    assert "Traceback" not in refused.text
+    assert mount("-o", "remount,rw,size=50m")
+    finish(start, workdir, whole, at=tmp_path / "copy")
+  finally:
+    subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.slow
