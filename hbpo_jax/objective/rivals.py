@@ -4,8 +4,8 @@ Each function returns the reward [B, G, J] of one step's responses as its paper 
 reads. A group is a query's N = G * J responses: papers without budgets have G = 1 (`prompt.budget_sentence=''`).
 "Correct" is a score above 0; a grader's score between 0 and 1 stands where a paper has the indicator 1(correct).
 
-Of the papers, only openings and some of their authors' code could be read when this was written: compare an equation, its
-number and a default with the paper before a result is published under its name.
+Of the papers, only openings and some of their authors' code could be read when this was written: compare an equation,
+its number and a default with the paper before a result is published under its name.
 """
 
 from collections.abc import Callable
