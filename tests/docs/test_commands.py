@@ -50,7 +50,7 @@ INSTEAD = {
     "evaluate": Instead(
         (*_SMOKE, "--workdir={tmp}/evaluation", "--config.benchmarks=synthetic", "--config.data.n_eval=4"),
         (*_OTHER_SIZES, "reward.")),
-    "export": Instead(("--out={tmp}/exported", "{tmp}/base"), ("push", "private", "revision")),
+    "export": Instead(("--out={tmp}/exported", "{tmp}/base"), ("--push", "--private", "--revision")),
     "study": Instead(("--workdir={tmp}/study", "--list"), slow=False),
     "prove_resume": Instead(("--workdir={tmp}/proof", "--config.model.path={tmp}/warm/export")),
     "doctor": Instead((*_SMOKE, "--workdir={tmp}/doctor"), _OTHER_SIZES),
@@ -261,7 +261,7 @@ def wrong_setting(span: str) -> str:
   if re.match(r"(python -m hbpo_jax\.|hbpo [a-z_]+( |$))", span):
     try:
       for command in markdown.split(span, "text"):
-        if command.module in commands.COMMANDS or command.module not in ("NAME", "CMD", "completion"):
+        if command.module not in ("NAME", "CMD", "completion"):
           understand(command.module, [a for a in command.arguments if "field" not in a], partial=True)
     except (ValueError, ImportError, FileNotFoundError, SystemExit) as error:
       return repr(error)
