@@ -38,10 +38,10 @@ class Instead:
 
 _SMOKE = ("--config=smoke", "--config.model.path={tmp}/warm/export", "--config.log.tensorboard=false")
 _OTHER_SIZES = (
-    "data.", "rollout.", "eval.", "mesh.", "distributed.", "model.", "benchmarks", "max_new_tokens", "steps")
+    "data.", "prompt.", "rollout.", "eval.", "mesh.", "distributed.", "model.", "benchmarks", "max_new_tokens", "steps")
 INSTEAD = {
     "preview": Instead(("--workdir={tmp}/preview",), slow=False),
-    "plan": Instead((), slow=False),
+    "plan": Instead((), ("--sweep",), slow=False),  # A sweep takes a minute.
     "report": Instead(("--out={tmp}/report", "{tmp}/made_up"), slow=False),
     "regrade": Instead(
         ("--config=smoke", "--workdir={tmp}/made_up/eval/trained", "--config.grading.workers=1"), slow=False),
@@ -50,8 +50,9 @@ INSTEAD = {
     "evaluate": Instead(
         (*_SMOKE, "--workdir={tmp}/evaluation", "--config.benchmarks=synthetic", "--config.data.n_eval=4"),
         (*_OTHER_SIZES, "reward.")),
-    "export": Instead(("--out={tmp}/exported", "{tmp}/base"), ("push", "private", "revision")),
+    "export": Instead(("--out={tmp}/exported", "{tmp}/base"), ("--push", "--private", "--revision")),
     "study": Instead(("--workdir={tmp}/study", "--list"), slow=False),
+    "prove_resume": Instead(("--workdir={tmp}/proof", "--config.model.path={tmp}/warm/export")),
     "doctor": Instead((*_SMOKE, "--workdir={tmp}/doctor"), _OTHER_SIZES),
 }
 # Programs that need a network, an account or a device that the tests have not; how they are called is theirs to say.
@@ -79,7 +80,7 @@ def instead(command: markdown.Command) -> tuple[str, ...]:
   kept = [
       a for a in filled_in(command.arguments)
       if a != "..." and a.partition("=")[0] not in given and not (positional and not a.startswith("--"))
-      and not a.removeprefix("--config.").removeprefix("--no").startswith(table.drop)]
+      and not (table.drop and a.removeprefix("--config.").startswith(table.drop))]
   return (command.module, *table.set, *kept)
 
 
@@ -260,7 +261,7 @@ def wrong_setting(span: str) -> str:
   if re.match(r"(python -m hbpo_jax\.|hbpo [a-z_]+( |$))", span):
     try:
       for command in markdown.split(span, "text"):
-        if command.module not in ("NAME", "CMD"):
+        if command.module not in ("NAME", "CMD", "completion"):
           understand(command.module, [a for a in command.arguments if "field" not in a], partial=True)
     except (ValueError, ImportError, FileNotFoundError, SystemExit) as error:
       return repr(error)

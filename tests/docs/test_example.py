@@ -24,7 +24,7 @@ ELSEWHERE = {
     "learn/mfu", "memory/peak_gib", "guard/restored_step", "objective/intra_gate", "objective/penalty",
     "objective/gate_share", "objective/limit", "objective/think_share"}
 # Files that it has not.
-NOT_HERE = {"adapter/", "warmstart/", "dumps/", "incidents.jsonl"}
+NOT_HERE = {"adapter/", "warmstart/", "dumps/", "incidents.jsonl", "stopped.json", "ahead/", "digests.jsonl"}
 
 
 @pytest.fixture(scope="module")

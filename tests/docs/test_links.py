@@ -82,8 +82,8 @@ def test_messages_are_the_programs_own(repo_root):
   headings = re.findall(r"(?m)^### `(.+)`$", page)
   assert len(headings) > 15
   for heading in headings:
-    pattern = re.compile(".*".join(re.escape(part) for part in heading.split("…")), re.DOTALL)
-    assert any(pattern.match(text) for text in texts), heading
+    parts = [part for part in heading.split("…") if len(part) > 8]
+    assert parts and all(any(part in text for text in texts) for part in parts), heading
 
 
 def test_citation_is_of_this_version(repo_root):
