@@ -336,17 +336,18 @@ def _leave_telling_to_wait() -> None:
   """Keeps the tracebacks from the terminal that Orbax and TensorStore print of a save that fails in the background."""
   for name in ("absl", "asyncio"):
     logging.getLogger(name).addFilter(_is_news)
-  if getattr(sys.excepthook, "of_checkpoints", False):
-    return
-  hook = sys.excepthook
+  if sys.unraisablehook is not _quiet_unraisable:
+    _hooks.append(sys.unraisablehook)
+    sys.unraisablehook = _quiet_unraisable
 
-  def quiet(kind, error, trace):
-    # The writes that were on their way with the one that failed end after the loop that waited for them.
-    if kind is not RuntimeError or str(error) != "Event loop is closed":
-      hook(kind, error, trace)
 
-  quiet.of_checkpoints = True
-  sys.excepthook = quiet
+_hooks: list[Callable[[Any], Any]] = []  # The one before `_quiet_unraisable`.
+
+
+def _quiet_unraisable(unraisable: Any) -> None:
+  # The writes that were on their way with the one that failed end after the loop that waited for them.
+  if unraisable.exc_type is not RuntimeError or str(unraisable.exc_value) != "Event loop is closed":
+    _hooks[-1](unraisable)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
