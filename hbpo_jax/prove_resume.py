@@ -162,7 +162,7 @@ def _best(root: pathlib.Path) -> dict[str, Any]:
 def _files(folder: pathlib.Path) -> dict[str, str]:
   """SHA-256 of every file; of the card without the line that says which commit it was made with."""
   content = lambda p: b"".join(
-      line for line in p.read_bytes().splitlines(keepends=True) if p.suffix != ".md" or not line.startswith(b"Made with"))
+      line for line in p.read_bytes().splitlines(True) if p.suffix != ".md" or not line.startswith(b"Made with"))
   return {p.relative_to(folder).as_posix(): hashlib.sha256(content(p)).hexdigest()
           for p in sorted(folder.rglob("*")) if p.is_file()}
 
