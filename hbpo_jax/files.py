@@ -56,6 +56,10 @@ def atomic_write_bytes(path: str | os.PathLike, data: bytes) -> None:
       f.flush()
       os.fsync(f.fileno())
     os.replace(aside, path)
+  except OSError as error:
+    if error.filename == os.fspath(aside):
+      error.filename = os.fspath(path)  # The one that the reader knows.
+    raise
   finally:
     aside.unlink(missing_ok=True)
 
