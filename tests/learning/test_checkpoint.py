@@ -239,6 +239,18 @@ def test_the_good_one_outlives_a_new_save_beside_a_damaged_one(tmp_path, learner
   tiny.assert_trees_equal(state, make_state(learner, 1))
 
 
+def test_scheduled_checkpoints_may_go_before_those_of_a_stop(tmp_path, learner):
+  """A rollback must find what it finds in a run that was not stopped."""
+  cfg = CheckpointConfig(save_every=2, max_to_keep=9)
+  save(tmp_path, learner, 2, 4, 5, cfg=cfg)
+  with Checkpointer(tmp_path, cfg) as checkpoints:
+    newest = lambda **options: checkpoints.restore_latest(learner.abstract_state(), **options)[1]["at"]
+    assert (newest(), newest(scheduled_first=True)) == (5, 4)
+    flip_one_bit(tmp_path / "2")
+    flip_one_bit(tmp_path / "4")
+    assert newest(scheduled_first=True) == 5
+
+
 def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path, learner, monkeypatch):
   """Killed at any moment before, and there is none; the checksums are in it when it gets its name."""
   seen = []
