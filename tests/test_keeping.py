@@ -14,7 +14,7 @@ class Checkpoints:
   """Remembers what is saved."""
 
   def __init__(self, *steps):
-    self.saved = {step: None for step in steps}
+    self.saved = dict.fromkeys(steps)
 
   def steps(self):
     return sorted(self.saved)
