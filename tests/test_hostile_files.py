@@ -121,8 +121,6 @@ _FLAGS = st.one_of(
 @given(st.lists(_FLAGS, max_size=4), st.booleans())
 def test_any_command_line_is_understood_or_refused(arguments, complete):
   line = [*(["--config=quickstart", "--workdir=/w"] if complete else []), *arguments]
-  if any(a in flags._HELP for a in line):
-    return
   said = refusal(lambda: flags.parse(line))
   assert said is None or len(said) < 12_000
 
@@ -421,9 +419,10 @@ def test_a_damaged_log_is_refused_or_cut(tmp_path, name, damage):
 # Everywhere.
 
 def test_nothing_unpickles(repo_root):
+  modules = "pickle|cPickle|_pickle|dill|joblib|shelve|marshal|cloudpickle"
   forbidden = re.compile(
-      r"\b(?:c?[pP]ickle|dill|joblib|shelve|marshal|cloudpickle)\b|allow_pickle\s*=\s*True|torch\.load|trust_remote_code\s*=\s*True"
-      r"|\byaml\.(?:unsafe_)?load\(|(?<![\w.])eval\(|(?<![\w.])exec\(")
+      rf"^\s*(?:import|from)\s+(?:{modules})\b|\b(?:{modules})\.\w|allow_pickle\s*=\s*True|torch\.load"
+      r"|trust_remote_code\s*=\s*True|\byaml\.(?:unsafe_)?load\(|(?<![\w.])eval\(|(?<![\w.])exec\(")
   sources = sorted((repo_root / "hbpo_jax").rglob("*.py"))
   found = [f"{path.name}:{i}: {line.strip()}" for path in sources
            for i, line in enumerate(path.read_text().splitlines(), start=1) if forbidden.search(line)]
