@@ -345,7 +345,7 @@ class SftConfig:
   learning_rate: float = setting(3e-3, "Peak learning rate; cosine decay, 5 % warm-up.")
   weight_decay: float = setting(0.0, "AdamW decoupled weight decay.")
   budget_share: float = setting(0.5, "Share of traces that open with a budget sentence.")
-  budgets: tuple[int, ...] = setting(
+  stated_budgets: tuple[int, ...] = setting(
       (), "Budgets that traces may state, and a new model's tokenizer knows; () means rollout.budgets.")
   stated_share: float = setting(
       1.0, "Share of these whose budget sentence carries loss, so that the model learns to state it unasked.")

@@ -204,7 +204,7 @@ def new_model(cfg: Config) -> tuple[assemble.Model, Any, Any]:
   validation.validate(cfg, n_devices=jax.device_count())
   sentences = (cfg.prompt.budget_sentence, cfg.prompt.efficiency_sentence, cfg.prompt.instruction, cfg.prompt.system,
                *cfg.prompt.openings)
-  tokenizer = synthetic.make_tokenizer(cfg.data.synthetic, cfg.sft.budgets or cfg.rollout.budgets, sentences)
+  tokenizer = synthetic.make_tokenizer(cfg.data.synthetic, cfg.sft.stated_budgets or cfg.rollout.budgets, sentences)
   sft = cfg.sft
   arch = Architecture(
       family="qwen3", n_layers=sft.n_layers, hidden_size=sft.hidden_size, mlp_size=sft.mlp_size, n_heads=sft.n_heads,

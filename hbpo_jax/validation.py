@@ -335,7 +335,7 @@ def _check_rest(cfg: config.Config) -> None:
     shares = getattr(synthetic, field)
     _require(len(shares) == 4 and min(shares) >= 0 and sum(shares) > 0, cfg, f"data.synthetic.{field}",
              "does not give each of the four modes its share", "give four percentages such as 10,30,30,30")
-  _require(all(b > 0 for b in cfg.sft.budgets), cfg, "sft.budgets", "has a budget that is not positive",
+  _require(all(b > 0 for b in cfg.sft.stated_budgets), cfg, "sft.stated_budgets", "has a budget that is not positive",
            "give budgets such as 512,1024")
   updates = cfg.steps * cfg.learner.minibatches
   _require(cfg.optimizer.warmup_updates <= updates, cfg, "optimizer.warmup_updates",

@@ -40,7 +40,7 @@ def get_config():
   cfg.sft.learning_rate = 2e-3
   cfg.sft.budget_share = 0.6
   cfg.sft.stated_share = 0.15
-  cfg.sft.budgets = (6, 8, 10, 16, 24, 30, 32, 40, 44, 48, 60, 64)  # those of all methods of the study
+  cfg.sft.stated_budgets = (6, 8, 10, 16, 24, 30, 32, 40, 44, 48, 60, 64)  # those of all methods of the study
   cfg.sft.n_layers = 3
 
   cfg.rollout.queries = 32

@@ -33,14 +33,15 @@ class SftData:
     Args:
       problems: training problems.
       builder: of the model's tokenizer.
-      cfg: for `sft`, `data`, `rollout.budgets` (where sft.budgets is empty), `reward.max_response_tokens` and `seed`.
+      cfg: for `sft`, `data`, `rollout.budgets` (where sft.stated_budgets is empty), `reward.max_response_tokens` and
+        `seed`.
     Raises:
       ValueError: when a problem has no worked response, none fits, or L_max has no room for the synthetic task.
     """
     self._cfg = cfg
     self._builder = builder
     self._width = cfg.reward.max_response_tokens
-    self._budgets = sorted(cfg.sft.budgets or cfg.rollout.budgets)
+    self._budgets = sorted(cfg.sft.stated_budgets or cfg.rollout.budgets)
     self._budget_rows = {b: builder.budget_tokens(b) for b in self._budgets}
     self._synthetic = all(p.source == "synthetic" for p in problems)
     kept, self.n_dropped = pipeline.keep_short(problems, builder, cfg.data.max_prompt_tokens)

@@ -145,7 +145,7 @@ def test_traces_state_budgets_of_their_own(tiny_cfg):
   cfg = dataclasses.replace(
       tiny_cfg, data=dataclasses.replace(tiny_cfg.data, synthetic=task),
       reward=dataclasses.replace(tiny_cfg.reward, max_response_tokens=64),
-      sft=dataclasses.replace(tiny_cfg.sft, budget_share=1.0, budgets=(7, 33), rows=100))
+      sft=dataclasses.replace(tiny_cfg.sft, budget_share=1.0, stated_budgets=(7, 33), rows=100))
   builder = PromptBuilder(synthetic.make_tokenizer(task, (7, 33), (cfg.prompt.budget_sentence,)), cfg)
   batch = SftData(synthetic.problems(task, 0, "train", 60), builder, cfg).batch(0)
   openings = {b: builder.budget_tokens(b) for b in (7, 33)}
