@@ -1,7 +1,7 @@
 # hbpo_jax for Cloud TPU VMs (EXTRA=tpu), NVIDIA GPUs (cuda) and CPUs (cpu), with the packages that uv.lock pins.
 #
 #   docker build --build-arg EXTRA=cpu --tag hbpo .
-#   docker run --rm --user="$(id -u)" --volume="$PWD/runs:/work/runs" hbpo train --config=quickstart --workdir=runs/quickstart
+#   docker run --rm --user="$(id -u)" --volume="$PWD/runs:/home/hbpo/runs" hbpo train --config=quickstart --workdir=runs/quickstart
 #
 # A GPU needs --gpus=all; a TPU --privileged --net=host --user=root, for its devices belong to root.
 
@@ -26,8 +26,8 @@ FROM python:${PYTHON}-slim
 COPY --from=build /opt/hbpo /opt/hbpo
 ENV PATH=/opt/hbpo/bin:$PATH HOME=/home/hbpo PYTHONUNBUFFERED=1
 # Whoever runs it, such as --user="$(id -u)", has a home for JAX's compiled programs and the models of the hub.
-RUN useradd --uid=1000 --create-home hbpo && mkdir /work && chmod 777 /home/hbpo /work
+RUN useradd --uid=1000 --create-home hbpo && chmod 777 /home/hbpo
 USER hbpo
-WORKDIR /work
+WORKDIR /home/hbpo
 ENTRYPOINT ["hbpo"]
 CMD ["--help"]
