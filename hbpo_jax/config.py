@@ -143,6 +143,9 @@ class RewardConfig:
   max_response_tokens: int = setting(4096, "L_max: a longer response earns nothing.")
   unfinished_reward: float = setting(0.0, "Reward without '</think>' or box; the release uses -1.")
   floor: float | None = setting(None, "Least reward of a correct response up to L_max; None means none.")
+  bonus: float = setting(
+      0.0, "Added to the reward of a correct response up to L_max, and to f2(b): what being right is worth beside being "
+      "short (piecewise, min, classic, cosine).")
   delta: float | None = setting(
       None, "l1_max: reward at the budget; adaptthink: bonus of not thinking; None means their papers' 0.5 and 0.05.")
   gate_share: float = setting(0.2, "grpo_lambda: share of a step's queries, the most solved, with length penalty.")

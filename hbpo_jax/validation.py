@@ -74,6 +74,7 @@ _INTERVALS = {
     "prompt.prefix_weight": _FRACTION,
     "reward.unfinished_reward": (-math.inf, False, math.inf, False),
     "reward.floor": (-math.inf, False, math.inf, False),
+    "reward.bonus": _NOT_NEGATIVE,
     "reward.delta": _NOT_NEGATIVE,
     "reward.gate_share": _FRACTION,
     "reward.gate_accuracy": _FRACTION,

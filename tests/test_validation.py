@@ -103,6 +103,7 @@ REAL_CASES = [
     ("rollout.temperature", (0.0, -1.0, INF, NAN), (0.1,)), ("rollout.top_p", (0.0, 1.1, NAN), (0.1, 1.0)),
     ("reward.alpha", (-0.1, INF, NAN), (0.0, None)), ("reward.beta", (0.0, NAN), (1.0,)),
     ("reward.unfinished_reward", (INF, -INF, NAN), (-1.0,)), ("reward.floor", (INF, NAN), (-1.0, 0.1, None)),
+    ("reward.bonus", (-0.1, INF, NAN), (0.0, 8.0)),
     ("prompt.prefix_weight", (-0.1, 1.1, NAN), (0.0, 0.5)), ("reward.delta", (-0.1, NAN), (0.0, None)),
     ("reward.gate_share", (-0.1, 1.1, NAN), (0.0, 1.0)), ("reward.gate_accuracy", (-0.1, 1.1, NAN), (0.0, 1.0)),
     ("reward.penalty_start", (-1.0, INF, NAN), (0.0,)), ("reward.penalty_rate", (-1.0, INF, NAN), (0.0,)),
@@ -222,6 +223,7 @@ def test_other_methods_pass_without_a_budget_sentence_unless_the_prompt_names_th
   else:
     check(**more, **PLAIN)
   refuse(r"reward\.unfinished_reward", "is a wrong one", **more, reward__unfinished_reward=-1.0)
+  refuse(r"reward\.bonus=2\.0", "is no part of", **more, reward__bonus=2.0)
 
 
 def test_a_run_without_a_budget_sentence():

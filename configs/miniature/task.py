@@ -35,7 +35,7 @@ def get_config():
   cfg.prompt.budget_sentence = "budget:{budget}"
   cfg.prompt.efficiency_sentence = "minimal"
 
-  cfg.sft.steps = 3000
+  cfg.sft.steps = 1600
   cfg.sft.rows = 32
   cfg.sft.learning_rate = 2e-3
   cfg.sft.budget_share = 0.6

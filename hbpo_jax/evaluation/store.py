@@ -19,7 +19,7 @@ from typing import Any
 import hbpo_jax
 from hbpo_jax import distributed
 from hbpo_jax.data.record import Problem
-from hbpo_jax.files import atomic_write_bytes, atomic_write_text, json_line, json_value, parse_json
+from hbpo_jax.files import atomic_write_bytes, atomic_write_text, json_line, json_value, naming, parse_json
 
 FORMAT = 1
 MANIFEST, RESULTS = "eval.json", "results.json"
@@ -171,8 +171,9 @@ class Store:
     """
     rows = [dict(row) for row in rows]
     if distributed.is_writer():
-      self._files[name].write("".join(map(json_line, rows)))
-      self._files[name].flush()
+      with naming(self._files[name].name):
+        self._files[name].write("".join(map(json_line, rows)))
+        self._files[name].flush()
     for row in rows:
       self._held[name].add(_key(row))
       self.ungraded[name].pop(_key(row), None)

@@ -9,6 +9,7 @@ import os
 import pathlib
 from typing import Any, Protocol
 
+from hbpo_jax.files import atomic_write_text
 from hbpo_jax.grading.verdict import REASONS, Verdict
 
 _log = logging.getLogger(__name__)
@@ -67,15 +68,8 @@ class Journal:
 
   def write(self, step: int, verdicts: Mapping[str, Verdict]) -> None:
     """Writes the verdicts of a step, by digest; the file is either the old one or the new one, whole, at any time."""
-    self._dir.mkdir(parents=True, exist_ok=True)
     rows = {name: [v.score, v.reason, v.answer] for name, v in sorted(verdicts.items())}
-    path = self.path(step)
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="ascii") as file:
-      json.dump({"sum": _checksum(rows), "verdicts": rows}, file)
-      file.flush()
-      os.fsync(file.fileno())
-    aside.replace(path)
+    atomic_write_text(self.path(step), json.dumps({"sum": _checksum(rows), "verdicts": rows}))
     directory = os.open(self._dir, os.O_RDONLY)
     try:
       os.fsync(directory)  # The new name, too, must outlast a crash.

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from hbpo_jax.files import parse_json
+from hbpo_jax.files import naming, parse_json
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -115,18 +115,21 @@ class Writer:
       offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
+    self._path = path
     self._file = open(path, "wb")  # noqa: SIM115 - open until close()
     self._file.write(len(raw).to_bytes(8, "little") + raw)
 
   def write(self, values: np.ndarray) -> None:
     """Appends the next tensor's values."""
-    self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    with naming(self._path):
+      self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
   def close(self) -> None:
     """Flushes to the disk, so that a rename that follows cannot outlive the content."""
-    self._file.flush()
-    os.fsync(self._file.fileno())
-    self._file.close()
+    with naming(self._path):
+      self._file.flush()
+      os.fsync(self._file.fileno())
+      self._file.close()
 
 
 def dtype_name(dtype: np.dtype) -> str:

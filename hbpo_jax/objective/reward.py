@@ -38,7 +38,7 @@ def compute(
       classic    1
       cosine     beta * cos(pi * n / (2 * L_max))
 
-  but at least cfg.floor (times its correctness), if that is set. A response that is unfinished and not correct gets
+  plus cfg.bonus, but at least cfg.floor (both times its correctness), if that is set. A response that is unfinished and not correct gets
   cfg.unfinished_reward, whatever its length. The other forms are those of `rivals`; to them a response beyond L_max is
   wrong, and an unfinished one no more than that.
 
@@ -78,7 +78,7 @@ def compute(
     earned = jnp.where(n > b, f1, f2) if cfg.form == "piecewise" else jnp.minimum(f1, f2)
   # where, not a product: a wrong answer is +0.0 however the earned reward is signed.
   counts = (correct_BGJ > 0) & (n <= cfg.max_response_tokens)
-  reward = _floored(jnp.where(counts, correct_BGJ * earned, 0.0), jnp.where(counts, correct_BGJ, 0.0), cfg)
+  reward = _floored(jnp.where(counts, correct_BGJ * (earned + cfg.bonus), 0.0), jnp.where(counts, correct_BGJ, 0.0), cfg)
   if finished_BGJ is not None:
     finished_BGJ = jnp.asarray(finished_BGJ)
     chex.assert_equal_shape([n_gen_BGJ, finished_BGJ])
@@ -87,7 +87,7 @@ def compute(
 
 
 def baseline(budget_tokens_G: Any, *, cfg: RewardConfig) -> jax.Array:
-  """The reward f2(b) that a correct response within its budget earns.
+  """The reward f2(b), cfg.bonus included, that a correct response within its budget earns.
 
   Args:
     budget_tokens_G: int [G], budget of each subgroup.
@@ -105,7 +105,7 @@ def baseline(budget_tokens_G: Any, *, cfg: RewardConfig) -> jax.Array:
         f"or choose a form of {FORMS_WITH_BASELINE}.")
   budget_G = jnp.asarray(budget_tokens_G).astype(jnp.result_type(float))
   chex.assert_rank(budget_G, 1)
-  return _cosine(budget_G, cfg)
+  return _cosine(budget_G, cfg) + cfg.bonus
 
 
 def responses(

@@ -110,8 +110,8 @@ class Engine:
 class Generation:
   """A step's rollouts in the making.
 
-  Iterate to drive it. Each turn yields the rollouts that a segment completed, as indices int [n, 3] (query, subgroup,
-  rollout) into `rollouts`, while the devices decode the next segment.
+  Iterate to drive it. Each turn is a segment, and yields the rollouts that it completed, none or more, as indices int
+  [n, 3] (query, subgroup, rollout) into `rollouts`, while the devices decode the next one.
 
   Attributes:
     rollouts: NumPy arrays; a response is final once its index was yielded.
@@ -152,9 +152,7 @@ class Generation:
       if self._running is None:
         self._pool = self._params = self._live = None  # The memory is the learner's now.
       self._store(packed, item_R, age_R)
-      finished = self._book(packed, item_R, age_R, complete)
-      if len(finished):
-        yield finished
+      yield self._book(packed, item_R, age_R, complete)
 
   def _lap(self, name: str) -> None:
     """Adds the time since the last lap to a field of the ledger."""

@@ -97,6 +97,22 @@ def test_baseline_is_f2():
   np.testing.assert_array_equal(reward.baseline(BUDGETS, cfg=make_cfg()), at_lengths([1])[:, 0])
 
 
+@pytest.mark.parametrize("form", reward.FORMS)
+def test_the_bonus_is_earned_by_what_is_right_and_expected_of_a_budget(form):
+  n_gen = np.array([[[5, 20, L_MAX, L_MAX + 1]] * 4])
+  score = np.array([[[1, 0.5, 1, 1]] * 3 + [[0] * 4]])
+  plain, more = make_cfg(form, unfinished_reward=-1.0), make_cfg(form, unfinished_reward=-1.0, bonus=3.0)
+  finished = np.ones(n_gen.shape, bool)
+  finished[:, 3, 0] = False
+  gain = compute(n_gen, score, BUDGETS, cfg=more, finished_BGJ=finished) - compute(
+      n_gen, score, BUDGETS, cfg=plain, finished_BGJ=finished)
+  np.testing.assert_allclose(gain[0, :3], [[3, 1.5, 3, 0]] * 3, atol=1e-6)
+  np.testing.assert_array_equal(gain[0, 3], 0)
+  if form in reward.FORMS_WITH_BASELINE:
+    np.testing.assert_allclose(
+        reward.baseline(BUDGETS, cfg=more) - reward.baseline(BUDGETS, cfg=plain), [3] * 4, atol=1e-6)
+
+
 @pytest.mark.parametrize("form", ["classic", "cosine"])
 def test_forms_without_baseline_refuse_one(form):
   with pytest.raises(ValueError, match=f"reward.form='{form}'.*intra_coef"):

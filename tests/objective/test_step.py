@@ -78,7 +78,8 @@ def test_the_memory_goes_from_step_to_step():
 OPTIONS = {
     "advantage.center_intra": (False, True), "advantage.intra_coef": (0.5,), "advantage.intra_scale": ("none", "std"),
     "advantage.intra_clip": (None, 0.7), "advantage.intra_gate": ("none", "solved", "rate"),
-    "advantage.intra_baseline": ("budget", "correct_length"), "reward.floor": (None, 0.2)}
+    "advantage.intra_baseline": ("budget", "correct_length"), "reward.floor": (None, 0.2),
+    "reward.bonus": (0.0, 2.0)}
 
 
 def test_the_options_of_intra_compose_as_the_equations_say():
@@ -92,7 +93,7 @@ def test_the_options_of_intra_compose_as_the_equations_say():
       expected = baseline_G
       if cfg.advantage.intra_baseline == "correct_length":
         solved = N_GEN[b][SCORE[b] > 0]
-        expected = [4 * np.cos(np.pi / 2 * solved.mean() / 64) if len(solved) else 0.0] * 2
+        expected = [cfg.reward.bonus + 4 * np.cos(np.pi / 2 * solved.mean() / 64) if len(solved) else 0.0] * 2
       intra = rewards.mean(axis=1) - expected
       if cfg.advantage.center_intra:
         intra = intra - intra.mean()

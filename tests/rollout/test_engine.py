@@ -284,8 +284,9 @@ def test_imposed_stops_end_responses(run):
 def test_generation_yields_each_rollout_once_and_complete(run):
   eng, params, prompts, expected = run
   generation = eng.start(params, prompts, KEY)
-  seen, decoding = [], []
+  seen, decoding, n_ended = [], [], []
   for index in generation:
+    n_ended.append(len(index))
     decoding.append(generation._running is not None)
     for b, g, j in index:
       n = generation.rollouts.n_tokens_BGJ[b, g, j]
@@ -294,6 +295,7 @@ def test_generation_yields_each_rollout_once_and_complete(run):
   assert sorted(seen) == list(np.ndindex(B, 2, J))
   assert len(seen) == len(set(seen))
   assert len(decoding) > 3 and decoding == [True] * (len(decoding) - 1) + [False], "the next segment runs meanwhile"
+  assert len(n_ended) == generation.ledger.n_segments and 0 in n_ended, "whoever drives it may stop after any segment"
 
 
 def test_the_ledger_adds_up(run):
