@@ -101,6 +101,15 @@ class PromptConfig:
       "'action': the budget sentence belongs to the response and gets loss; 'context': it belongs to the prompt.")
   prefix_weight: float = setting(
       1.0, "With prefix_role=action, factor on the policy loss of the forced tokens, 0 to 1.")
+  prefix_weight_negative: float | None = setting(
+      None, "The same where the advantage is negative; None means prefix_weight. With 0, forced tokens, which nobody "
+      "sampled, are only ever made likelier.")
+
+  @property
+  def prefix_weights(self) -> tuple[float, float]:
+    """Factors on the advantage of forced tokens: where it is positive, where it is negative."""
+    negative = self.prefix_weight_negative
+    return self.prefix_weight, self.prefix_weight if negative is None else negative
 
   def opening(self, subgroup: int, budget: int) -> str:
     """What a response of a subgroup is forced to open with in training; empty for nothing."""
@@ -144,8 +153,8 @@ class RewardConfig:
   unfinished_reward: float = setting(0.0, "Reward without '</think>' or box; the release uses -1.")
   floor: float | None = setting(None, "Least reward of a correct response up to L_max; None means none.")
   bonus: float = setting(
-      0.0, "Added to the reward of a correct response up to L_max, and to f2(b): what being right is worth beside being "
-      "short (piecewise, min, classic, cosine).")
+      0.0, "Added to the reward of a correct response up to L_max, and to f2(b): what being right is worth beside "
+      "being short (piecewise, min, classic, cosine).")
   delta: float | None = setting(
       None, "l1_max: reward at the budget; adaptthink: bonus of not thinking; None means their papers' 0.5 and 0.05.")
   gate_share: float = setting(0.2, "grpo_lambda: share of a step's queries, the most solved, with length penalty.")

@@ -123,13 +123,15 @@ def rows_to_groups(rows: jax.Array, n_subgroups: int, n_rollouts: int, widths: t
 
 
 def make_batch(
-    prompts: Prompts, rollouts: Rollouts, advantage_BGJ: jax.Array | None = None, prefix_weight: float = 1.0) -> Batch:
+    prompts: Prompts, rollouts: Rollouts, advantage_BGJ: jax.Array | None = None,
+    prefix_weights: tuple[float, float] = (1.0, 1.0)) -> Batch:
   """Rows of the step, [R, P + C], by concatenation; jit-safe.
 
   Args:
     prompts, rollouts: of the step.
     advantage_BGJ: float [B, G, J], or None.
-    prefix_weight: factor on the advantage of forced tokens; with 1, a row has one advantage for all of its tokens.
+    prefix_weights: factors on the advantage of forced tokens, of positive ones and negative ones; with 1, a row has one
+      advantage for all of its tokens.
   Returns:
     A Batch without logp_old_RC and logp_ref_RC; logp_sampler_RC is set.
   """
@@ -143,10 +145,11 @@ def make_batch(
   first_R = P - n_prompt_R
   real_RT = (column_T >= first_R[:, None]) & (column_T < P + n_tokens_R[:, None])
   advantage_RC = None if advantage_BGJ is None else advantage_BGJ.reshape(-1, 1)
-  if advantage_RC is not None and prefix_weight != 1:
+  if advantage_RC is not None and prefix_weights != (1, 1):
     B, G, J = rollouts.n_tokens_BGJ.shape
     n_prefix_R = jnp.broadcast_to(jnp.asarray(prompts.n_prefix_G)[None, :, None], (B, G, J)).reshape(-1, 1)
-    advantage_RC = advantage_RC * jnp.where(jnp.arange(C) < n_prefix_R, prefix_weight, 1.0)
+    weight_R1 = jnp.where(advantage_RC > 0, *prefix_weights)
+    advantage_RC = advantage_RC * jnp.where(jnp.arange(C) < n_prefix_R, weight_R1, 1.0)
   return Batch(
       tokens_RT=jnp.where(real_RT, jnp.concatenate([prompt_RP, groups_to_rows(rollouts.tokens, C)], axis=1), 0),
       segment_RT=real_RT.astype(jnp.int32),

@@ -72,6 +72,7 @@ _INTERVALS = {
     "reward.alpha": _NOT_NEGATIVE,
     "reward.beta": _POSITIVE,
     "prompt.prefix_weight": _FRACTION,
+    "prompt.prefix_weight_negative": _FRACTION,
     "reward.unfinished_reward": (-math.inf, False, math.inf, False),
     "reward.floor": (-math.inf, False, math.inf, False),
     "reward.bonus": _NOT_NEGATIVE,

@@ -104,7 +104,8 @@ REAL_CASES = [
     ("reward.alpha", (-0.1, INF, NAN), (0.0, None)), ("reward.beta", (0.0, NAN), (1.0,)),
     ("reward.unfinished_reward", (INF, -INF, NAN), (-1.0,)), ("reward.floor", (INF, NAN), (-1.0, 0.1, None)),
     ("reward.bonus", (-0.1, INF, NAN), (0.0, 8.0)),
-    ("prompt.prefix_weight", (-0.1, 1.1, NAN), (0.0, 0.5)), ("reward.delta", (-0.1, NAN), (0.0, None)),
+    ("prompt.prefix_weight", (-0.1, 1.1, NAN), (0.0, 0.5)),
+    ("prompt.prefix_weight_negative", (-0.1, 1.1, NAN), (None, 0.0, 0.5)), ("reward.delta", (-0.1, NAN), (0.0, None)),
     ("reward.gate_share", (-0.1, 1.1, NAN), (0.0, 1.0)), ("reward.gate_accuracy", (-0.1, 1.1, NAN), (0.0, 1.0)),
     ("reward.penalty_start", (-1.0, INF, NAN), (0.0,)), ("reward.penalty_rate", (-1.0, INF, NAN), (0.0,)),
     ("reward.target_accuracy", (-0.1, 1.1, NAN), (0.0, 1.0)), ("reward.balance", (-0.1, 1.1, NAN), (0.0, 1.0)),
@@ -242,7 +243,8 @@ def test_openings():
 
 
 def test_the_weight_of_a_prefix_needs_a_prefix_with_loss():
-  refuse(r"prompt\.prefix_weight", "prefix_role=action", prompt__prefix_weight=0.5, prompt__prefix_role="context")
+  for field in ("prefix_weight", "prefix_weight_negative"):
+    refuse(rf"prompt\.{field}=0\.5", "prefix_role=action", **{f"prompt__{field}": 0.5}, prompt__prefix_role="context")
   check(prompt__prefix_weight=0.5)
 
 

@@ -28,24 +28,25 @@ def get_config():
   cfg.data.synthetic.max_level = 6
   cfg.data.synthetic.traces = "modes"
   cfg.data.synthetic.mode_shares = (4, 6, 10, 80)
-  cfg.data.synthetic.budget_mode_shares = (10, 45, 25, 20)
+  cfg.data.synthetic.budget_mode_shares = (5, 60, 20, 15)
   cfg.data.synthetic.n_problems = 65536
   cfg.data.max_prompt_tokens = 16
   cfg.prompt.instruction = ""
   cfg.prompt.budget_sentence = "budget:{budget}"
   cfg.prompt.efficiency_sentence = "minimal"
 
-  cfg.sft.steps = 1600
+  cfg.sft.steps = 2200
   cfg.sft.rows = 32
-  cfg.sft.learning_rate = 2e-3
-  cfg.sft.budget_share = 0.6
-  cfg.sft.stated_share = 0.15
+  cfg.sft.learning_rate = 3e-3
+  cfg.sft.budget_share = 0.75
+  cfg.sft.stated_share = 0.07
   cfg.sft.stated_budgets = (6, 8, 10, 16, 24, 30, 32, 40, 44, 48, 60, 64)  # those of all methods of the study
-  cfg.sft.n_layers = 3
+  cfg.sft.n_layers = 2
 
   cfg.rollout.queries = 32
   cfg.rollout.rollouts_per_query = 16
   cfg.rollout.budgets = (8, 16, 32, 64)
+  cfg.rollout.length_buckets = (80,)
   cfg.reward.max_response_tokens = 80
 
   cfg.optimizer.learning_rate = 1.5e-4

@@ -274,10 +274,10 @@ class Learner:
       batch, share = packing.pack(
           prompts, rollouts, advantage_BGJ, n_minibatches=self.cfg.learner.minibatches, micro_rows=self.micro_rows,
           shards=self.shards, row_tokens=self.cfg.learner.row_tokens, share_prompts=self.kernel != "splash",
-          prefix_weight=self.cfg.prompt.prefix_weight)
+          prefix_weights=self.cfg.prompt.prefix_weights)
       return self.place(batch), share
     n_prompt_B = np.asarray(prompts.n_prompt_B)[:, None, None]
-    batch = structs.make_batch(prompts, rollouts, advantage_BGJ, self.cfg.prompt.prefix_weight)
+    batch = structs.make_batch(prompts, rollouts, advantage_BGJ, self.cfg.prompt.prefix_weights)
     return self.place(batch), float((n_prompt_B + rollouts.n_tokens_BGJ).sum()) / batch.tokens_RT.size
 
   def score(self, params: Any, batch: Batch, temperature: float | None = None) -> jax.Array:

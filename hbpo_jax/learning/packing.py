@@ -14,7 +14,7 @@ _LONG = 512  # tokens
 
 def pack(
     prompts: Prompts, rollouts: Rollouts, advantage_BGJ: Any, *, n_minibatches: int, micro_rows: int, shards: int,
-    row_tokens: int = 0, share_prompts: bool = False, prefix_weight: float = 1.0,
+    row_tokens: int = 0, share_prompts: bool = False, prefix_weights: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Batch, float]:
   """The step's responses, each with its prompt, in rows of one length; every minibatch in rows of its own.
 
@@ -32,7 +32,7 @@ def pack(
     row_tokens: columns of a row; 0 means those of `row_width`.
     share_prompts: whether responses to one query in one row share its prompt. The last token of the prompt, which
       predicts a response's first, is each response's own.
-    prefix_weight: factor on the advantage of forced tokens.
+    prefix_weights: factors on the advantage of forced tokens, of positive ones and negative ones.
   Returns:
     (a Batch of NumPy arrays with P = 1, rows in order of minibatch; logp_sampler_RC is set, logp_old_RC is not; the
     share of real tokens in the micro-batches that are not empty).
@@ -55,7 +55,7 @@ def pack(
     place = [m * n_rows + k % shards * (n_rows // shards) + k // shards for k in range(len(rows))]
     for r, members in zip(place, rows):
       packed.write(r, prompts, rollouts, advantage_BGJ, [
-          (m * queries + q, [divmod(n, J) for n in responses]) for q, responses in members.items()], prefix_weight)
+          (m * queries + q, [divmod(n, J) for n in responses]) for q, responses in members.items()], prefix_weights)
   return packed.to_batch(), float((packed.segment != 0).sum()) / n_computed
 
 
@@ -158,7 +158,8 @@ class _Columns:
 
   def write(
       self, row: int, prompts: Prompts, rollouts: Rollouts, advantage_BGJ: np.ndarray,
-      members: Sequence[tuple[int, Sequence[tuple[int, int]]]], prefix_weight: float) -> None:
+      members: Sequence[tuple[int, Sequence[tuple[int, int]]]],
+      prefix_weights: tuple[float, float]) -> None:
     """Fills a row with responses (subgroup, rollout) by query."""
     start = number = 0
     for b, responses in members:
@@ -175,7 +176,8 @@ class _Columns:
         end = self._tokens(row, start, rollouts.response(b, g, j), number, n_prompt, context)
         self.has_loss[row, start:end] = rollouts.completion_mask[g][b, j, :n_tokens]
         self.advantage[row, start:end] = advantage_BGJ[b, g, j]
-        self.advantage[row, start:start + int(prompts.n_prefix_G[g])] *= np.float32(prefix_weight)
+        weight = prefix_weights[0 if advantage_BGJ[b, g, j] > 0 else 1]
+        self.advantage[row, start:start + int(prompts.n_prefix_G[g])] *= np.float32(weight)
         self.logp_sampler[row, start:end] = rollouts.logp_sampler[g][b, j, :n_tokens]
         start = end
 

@@ -38,9 +38,9 @@ def compute(
       classic    1
       cosine     beta * cos(pi * n / (2 * L_max))
 
-  plus cfg.bonus, but at least cfg.floor (both times its correctness), if that is set. A response that is unfinished and not correct gets
-  cfg.unfinished_reward, whatever its length. The other forms are those of `rivals`; to them a response beyond L_max is
-  wrong, and an unfinished one no more than that.
+  plus cfg.bonus, but at least cfg.floor (both times its correctness), if that is set. A response that is unfinished
+  and not correct gets cfg.unfinished_reward, whatever its length. The other forms are those of `rivals`; to them a
+  response beyond L_max is wrong, and an unfinished one no more than that.
 
   Args:
     n_gen_BGJ: int [B, G, J], counted tokens of each response.
@@ -78,7 +78,8 @@ def compute(
     earned = jnp.where(n > b, f1, f2) if cfg.form == "piecewise" else jnp.minimum(f1, f2)
   # where, not a product: a wrong answer is +0.0 however the earned reward is signed.
   counts = (correct_BGJ > 0) & (n <= cfg.max_response_tokens)
-  reward = _floored(jnp.where(counts, correct_BGJ * (earned + cfg.bonus), 0.0), jnp.where(counts, correct_BGJ, 0.0), cfg)
+  score = jnp.where(counts, correct_BGJ, 0.0)
+  reward = _floored(jnp.where(counts, correct_BGJ * (earned + cfg.bonus), 0.0), score, cfg)
   if finished_BGJ is not None:
     finished_BGJ = jnp.asarray(finished_BGJ)
     chex.assert_equal_shape([n_gen_BGJ, finished_BGJ])

@@ -3,7 +3,7 @@
   python -m hbpo_jax.studies.cell STUDY CELL DIR [--quick]
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import json
 import pathlib
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from hbpo_jax import evaluate, run_info, sft, train
+from hbpo_jax import evaluate, preemption, run_info, sft, train
 from hbpo_jax.config import Config
 from hbpo_jax.data.modes import MODES
 from hbpo_jax.evaluation import patterns, store
@@ -62,10 +62,10 @@ def run(study: Study, cell: Cell, root: pathlib.Path) -> dict[str, Any]:
   folder = root / "runs" / cell.name
   if cell.kind == "warm_start":
     if not (folder / "export" / "config.json").is_file():
-      sft.main(cfg, str(folder))
+      _finish(sft.main, cfg, folder)
     model, training = folder / "export", {}
   else:
-    train.main(cfg, str(folder))
+    _finish(train.main, cfg, folder)
     model, training = folder / "export", _dynamics(folder)
   n = study.n_tune if cell.kind == "tune" else study.n_eval
   modes = {"warm_start": study.forced + study.modes, "method": study.modes}.get(cell.kind, ())
@@ -85,6 +85,13 @@ def run(study: Study, cell: Cell, root: pathlib.Path) -> dict[str, Any]:
       "modes": measured, "training": training,
       "cpu_s": sum(u.ru_utime + u.ru_stime for u in usage), "wall_s": time.perf_counter() - started,
       "git": run_info.git_state(pathlib.Path(__file__).resolve().parent)}
+
+
+def _finish(command: Callable[[Config, str], None], cfg: Config, folder: pathlib.Path) -> None:
+  """Runs a command; ends the process with its state saved, where it was asked to stop."""
+  command(cfg, str(folder))
+  if (folder / preemption.STOPPED).exists():
+    sys.exit(f"stopped; running the cell again goes on from {folder}.")
 
 
 def choose_rate(study: Study, cell: Cell, root: pathlib.Path) -> float:
@@ -111,7 +118,7 @@ def _evaluate(
       cfg, seed=EVAL_SEED + seed, model=dataclasses.replace(cfg.model, path=str(model)),
       data=dataclasses.replace(cfg.data, n_eval=n),
       eval=dataclasses.replace(cfg.eval, modes=modes, benchmarks=(BENCHMARK,)))
-  evaluate.main(cfg, str(folder))
+  _finish(evaluate.main, cfg, folder)
   rows = store.open_existing(folder).rows[BENCHMARK]
   pattern = patterns.budget_pattern(cfg.prompt.budget_sentence)
   return {

@@ -1,6 +1,7 @@
 """The notebooks of colab/: as they lie in the repository, and as they run."""
 
 import ast
+import fcntl
 import json
 import os
 import re
@@ -37,6 +38,18 @@ GSM8K = [
 @pytest.fixture(params=notebooks.PATHS, ids=lambda p: p.stem)
 def path(request):
   return request.param
+
+
+@pytest.fixture(autouse=True)
+def no_job_outlives_its_test(tmp_path):
+  """Jobs outlive their kernel by design, and would outlive a test that fails."""
+  yield
+  for lock in tmp_path.glob("hbpo_jax_jobs_*/*/lock"):
+    with open(lock, "a") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        os.killpg(int((lock.parent / "pid").read_text()), signal.SIGKILL)
 
 
 def code_cells(path):

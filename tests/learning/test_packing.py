@@ -202,15 +202,16 @@ def test_the_weight_of_a_prefix(share_prompts):
   prompts, rollouts, advantage = make_step()
   # One forced token in the first subgroup, where it carries loss; two in the second, of which one does.
   prompts = prompts.replace(prefix_GF=np.zeros((G, 2), np.int32), n_prefix_G=np.array([1, 2], np.int32))
-  plain = structs.make_batch(prompts, rollouts, advantage, 0.25)
+  assert (advantage > 0).any() and (advantage < 0).any()
+  plain = structs.make_batch(prompts, rollouts, advantage, (0.25, 0.5))
   expected = np.repeat(advantage.reshape(-1, 1), max(WIDTHS), axis=1)
   for r in range(B * G * J):
-    expected[r, :(1, 2)[r // J % G]] *= 0.25
+    expected[r, :(1, 2)[r // J % G]] *= 0.25 if expected[r, -1] > 0 else 0.5
   np.testing.assert_allclose(np.where(plain.completion_mask_RC, plain.advantage_RC, 0),
                              np.where(plain.completion_mask_RC, expected, 0), rtol=1e-6)
   packed, _ = packing.pack(
       prompts, rollouts, advantage, n_minibatches=1, micro_rows=4, shards=1, share_prompts=share_prompts,
-      prefix_weight=0.25)
+      prefix_weights=(0.25, 0.5))
   assert contents(packed) == contents(jax.device_get(plain))
   whole, _ = packing.pack(
       prompts, rollouts, advantage, n_minibatches=1, micro_rows=4, shards=1, share_prompts=share_prompts)
