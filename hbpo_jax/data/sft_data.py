@@ -21,8 +21,8 @@ class SftData:
   Synthetic problems get a new verbose trace each time they are drawn; a drawn budget sentence is one of all budgets
   with equal chance, whatever the trace's length: the model must know every sentence before HBPO forces them on it,
   and is not to obey them yet. With data.synthetic.traces=modes, each time in a mode drawn anew (`data.modes`), they get
-  the smallest budget that holds the trace, or the largest. So do other problems, which bring their worked response
-  (`SOLUTION_FIELDS`).
+  any of the budgets that hold the trace. Other problems, which bring their worked response (`SOLUTION_FIELDS`), get the
+  smallest that holds it, or the largest.
 
   n_dropped: problems left out because the prompt or the response has no room.
   """
@@ -92,13 +92,17 @@ class SftData:
     opens = rng.random() < self._cfg.sft.budget_share
     if self._synthetic and self._cfg.data.synthetic.traces == "modes":
       given = self._in_some_mode(problem, opens, rng)
+      # Any budget that holds the response, so that each is stated, with responses of many lengths.
+      least = self._budgets.index(self._holding_budget(len(given)))
+      opening = self._budget_rows[self._budgets[rng.integers(least, len(self._budgets))]] if opens else []
     elif self._synthetic:
       opening = self._budget_rows[self._budgets[rng.integers(len(self._budgets))]] if opens else []
       low, high = synthetic.verbose_range(self._width)
       # Drawn anew for every trace and never from the level: the warm start must be long everywhere.
       target = int(rng.integers(low, high + 1)) - len(opening)
       return opening, self._builder.encode_response(synthetic.trace(self._cfg.data.synthetic, problem, rng, target))
-    opening = self._budget_rows[self._holding_budget(len(given))] if opens else []
+    else:
+      opening = self._budget_rows[self._holding_budget(len(given))] if opens else []
     # A sentence that has no room is left out, rather than the end of the response.
     return (opening, given) if len(opening) + len(given) <= self._width else ([], given)
 

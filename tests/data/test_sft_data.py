@@ -152,3 +152,7 @@ def test_traces_state_budgets_of_their_own(tiny_cfg):
   stated = [next(b for b, tokens in openings.items() if row[:len(tokens)].tolist() == tokens)
             for row in completions(batch)]
   assert set(stated) == {7, 33}
+  # Each in the traces that it holds, and also in such as a smaller one would hold.
+  n_response = np.asarray(batch.completion_mask_RC).sum(axis=1)
+  by_budget = {b: [n for n, s in zip(n_response, stated, strict=True) if s == b] for b in (7, 33)}
+  assert min(by_budget[33]) < 7 < max(by_budget[33])
