@@ -44,13 +44,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(study: Study, cells: Sequence[Cell], root: pathlib.Path, arguments: argparse.Namespace) -> list[str]:
   """Runs what is left of the cells, `jobs` at a time; returns the names of those that failed or could not start."""
-  left = [c for c in cells if not cell_lib.path_of(root, c.name).is_file()]
+  left = to_do(cells, root)
   n_left, failed = len(left), []
   print(f"{len(cells)} cells, {len(cells) - n_left} done before", flush=True)
   running: dict[int, tuple[Cell, subprocess.Popen, float]] = {}
   while left or running:
     for slot in range(arguments.jobs):
-      ready = next((c for c in left if all(cell_lib.path_of(root, n).is_file() for n in c.after)), None)
+      missing = {*failed, *(c.name for c in left), *(c.name for c, _, _ in running.values())}
+      ready = next((c for c in left if missing.isdisjoint(c.after)), None)
       if slot not in running and ready is not None:
         left.remove(ready)
         running[slot] = (ready, _start(ready, root, arguments, slot), time.monotonic())
@@ -67,6 +68,14 @@ def run(study: Study, cells: Sequence[Cell], root: pathlib.Path, arguments: argp
       print(f"{cell.name}: {_say(root, cell) if done else f'failed, see {_log(root, cell)}'} "
             f"({time.monotonic() - since:.0f} s; {len(left) + len(running)} cells left)", flush=True)
   return failed + [c.name for c in left]
+
+
+def to_do(cells: Sequence[Cell], root: pathlib.Path) -> list[Cell]:
+  """The cells that have no JSON file, and the warm starts that these need and whose models are gone."""
+  missing = [c for c in cells if not cell_lib.path_of(root, c.name).is_file()]
+  needed = {name for c in missing for name in c.after}
+  gone = [c for c in cells if c.kind == "warm_start" and c.name in needed and not cell_lib.model_of(root, c).exists()]
+  return [c for c in cells if c in missing or c in gone]
 
 
 def _start(cell: Cell, root: pathlib.Path, arguments: argparse.Namespace, slot: int) -> subprocess.Popen:

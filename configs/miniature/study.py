@@ -12,7 +12,8 @@ sentence on each share of them. Numbers of their papers that count tokens are sc
 from hbpo_jax.studies.plan import Method, Study
 
 _L_MAX = 80
-_PLAIN = {"advantage.intra_coef": 0.0, "prompt.budget_sentence": "", "rollout.budgets": (_L_MAX,)}
+_OF_A_PAPER = {"profile": "paper", "advantage.intra_coef": 0.0}
+_PLAIN = _OF_A_PAPER | {"prompt.budget_sentence": "", "rollout.budgets": (_L_MAX,)}
 _PER_TOKEN = 4096 / _L_MAX
 
 
@@ -31,7 +32,6 @@ def get_study():
           Method("hbpo", "HBPO, ours", {"profile": "hbpo"}),
           Method("budgets_1", "one budget", _budgets(30), "hbpo", "ablation"),
           Method("budgets_2", "two budgets", _budgets(16, 44), "hbpo", "ablation"),
-          Method("budgets_4", "four budgets", _budgets(8, 16, 32, 64), "hbpo", "ablation"),
           Method("budgets_6", "six budgets", _budgets(8, 16, 24, 32, 40, 60, **{"rollout.rollouts_per_query": 18}),
                  "hbpo", "ablation"),
           Method("budgets_8", "eight budgets", _budgets(6, 10, 16, 24, 32, 40, 48, 64), "hbpo", "ablation"),
@@ -40,7 +40,7 @@ def get_study():
           Method("tight", "caps at the budgets", {"profile": "hbpo", "rollout.caps": (12, 24, 48, 80)}, "hbpo",
                  "ablation"),
           Method("l1_max", "L1-Max", {
-              "reward.form": "l1_max", "reward.alpha": 3e-4 * _PER_TOKEN, "advantage.intra_coef": 0.0}, group="rival"),
+              "reward.form": "l1_max", "reward.alpha": 3e-4 * _PER_TOKEN} | _OF_A_PAPER, group="rival"),
           Method("efficient", "TLMRE", {"reward.form": "efficient", "advantage.form": "leave_one_out"} | _PLAIN,
                  group="rival"),
           Method("alp", "ALP", {"reward.form": "alp", "reward.alpha": 1e-7 * 16384 / _L_MAX} | _PLAIN, group="rival"),

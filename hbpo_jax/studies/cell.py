@@ -39,6 +39,11 @@ def path_of(root: pathlib.Path, name: str) -> pathlib.Path:
   return root / "cells" / f"{name}.json"
 
 
+def model_of(root: pathlib.Path, cell: Cell) -> pathlib.Path:
+  """The checkpoint that a cell trains."""
+  return root / "runs" / cell.name / "export"
+
+
 def read(root: pathlib.Path, name: str) -> dict[str, Any]:
   """The JSON of a finished cell.
 
@@ -59,14 +64,14 @@ def run(study: Study, cell: Cell, root: pathlib.Path) -> dict[str, Any]:
   started = time.perf_counter()
   rate = choose_rate(study, cell, root) if cell.kind == "method" and study.rates else cell.rate
   cfg = plan.settings(study, cell, root, rate)
-  folder = root / "runs" / cell.name
+  folder, model = root / "runs" / cell.name, model_of(root, cell)
   if cell.kind == "warm_start":
-    if not (folder / "export" / "config.json").is_file():
+    if not (model / "config.json").is_file():
       _finish(sft.main, cfg, folder)
-    model, training = folder / "export", {}
+    training = {}
   else:
     _finish(train.main, cfg, folder)
-    model, training = folder / "export", _dynamics(folder)
+    training = _dynamics(folder)
   n = study.n_tune if cell.kind == "tune" else study.n_eval
   modes = {"warm_start": study.forced + study.modes, "method": study.modes}.get(cell.kind, ())
   # Every method is measured with the same prompt and the same budgets, whatever it trained with.

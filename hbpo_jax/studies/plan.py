@@ -148,7 +148,7 @@ def settings(study: Study, cell: Cell, root: pathlib.Path, rate: float | None = 
   overrides: dict[str, Any] = {"seed": cell.seed}
   if cell.kind != "warm_start":
     overrides |= next(m for m in study.methods if m.name == cell.method).overrides
-    overrides["model.path"] = str(root / "runs" / f"warm_start/seed_{cell.seed}" / "export")
+    overrides["model.path"] = str(root / "runs" / f"warm_start/seed_{cell.seed}" / "export")  # cell.model_of
     if rate is not None:
       overrides["optimizer.learning_rate"] = rate
   return flags.build(flags.load_config(study.config), overrides)

@@ -5,7 +5,10 @@ import pathlib
 
 import pytest
 
+from hbpo_jax import study as command
 from hbpo_jax import validation
+from hbpo_jax.files import atomic_write_text
+from hbpo_jax.studies import cell as cell_lib
 from hbpo_jax.studies import plan
 from hbpo_jax.studies.plan import Method, Study
 
@@ -44,6 +47,19 @@ def test_settings_of_a_cell():
   assert (cfg.seed, cfg.optimizer.learning_rate, cfg.reward.form) == (9, 3e-4, "cosine")
   assert cfg.model.path == "out/runs/warm_start/seed_9/export"
   assert plan.settings(STUDY, cells["b/seed_0"], root).advantage.center_intra is False
+
+
+def test_a_warm_start_whose_model_is_gone_is_made_again_for_who_needs_it(tmp_path):
+  names = lambda: [c.name for c in command.to_do(plan.cells(STUDY), tmp_path)]
+  cells = [c.name for c in plan.cells(STUDY)]
+  assert names() == cells
+  for name in cells[:-1]:
+    atomic_write_text(cell_lib.path_of(tmp_path, name), "{}")
+  assert names() == ["warm_start/seed_1", "c/seed_1"]  # Of three warm starts the one that is needed.
+  (tmp_path / "runs/warm_start/seed_1/export").mkdir(parents=True)
+  assert names() == ["c/seed_1"]
+  atomic_write_text(cell_lib.path_of(tmp_path, cells[-1]), "{}")
+  assert names() == []
 
 
 @pytest.mark.parametrize("change, message", [
