@@ -243,8 +243,7 @@ def test_openings():
 
 
 def test_the_weight_of_a_prefix_needs_a_prefix_with_loss():
-  for field in ("prefix_weight", "prefix_weight_negative"):
-    refuse(rf"prompt\.{field}=0\.5", "prefix_role=action", **{f"prompt__{field}": 0.5}, prompt__prefix_role="context")
+  refuse(r"prompt\.prefix_weight=0\.5", "prefix_role=action", prompt__prefix_weight=0.5, prompt__prefix_role="context")
   check(prompt__prefix_weight=0.5)
 
 

@@ -26,7 +26,7 @@ from hbpo_jax.data.record import Problem
 MODES = ("guess", "skim", "work", "check")
 RECHECK = synthetic.RECHECK_WORDS[0]
 PER_SKIM = 2  # operations in a statement of `skim`
-SKIM_ERRORS = 0.06  # share of (value, operation, operation) that skimming gets wrong
+SKIM_ERRORS = 0.0  # share of (value, operation, operation) that skimming gets wrong
 SLIPS = 0.01  # share of the steps of `work`, and of those that `check` states again, that are wrong at first
 _TOKENS_OF_STEP = 4  # value, operation, "=", result
 

@@ -52,10 +52,10 @@ def _check_form(cfg: config.Config) -> None:
     require(cfg.reward.form != "adaptthink" or (any(closes) and not all(closes)), cfg, "prompt.openings",
             f"does not close the thought of some responses and leave that of others, as {of_form} needs",
             "set rollout.budgets to two numbers and prompt.openings=natural,</think>")
-  for field, neutral in (("prompt.prefix_weight", 1), ("prompt.prefix_weight_negative", None)):
-    require(config.get(cfg, field) == neutral or cfg.prompt.prefix_role == "action", cfg, field,
-            "weighs forced tokens that carry no loss with config.prompt.prefix_role='context'",
-            f"set it to {neutral}, or prefix_role=action")
+  # prefix_weight_negative is not asked: a profile sets it, whatever the role.
+  require(cfg.prompt.prefix_weight == 1 or cfg.prompt.prefix_role == "action", cfg, "prompt.prefix_weight",
+          "weighs forced tokens that carry no loss with config.prompt.prefix_role='context'",
+          "set it to 1, or prefix_role=action")
 
 
 def _check_limits(cfg: config.Config) -> None:
