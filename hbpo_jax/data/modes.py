@@ -8,14 +8,13 @@ The first word of a response names its mode, so one token decides how long to th
     check   as work, with steps stated again ("wait 3 +4 = 0") up to a target length that the level does not decide
 
 What a mode costs in accuracy grows with the level, so that length buys accuracy where problems are hard, and nothing
-where they are easy. A small model can guess short chains only. Who skims takes a fixed share of the pairs of operations
-for something else, always the same (`SKIM_ERRORS`): as with a misconception, practice does not end it. Who works slips
-now and then (`SLIPS`), at any step, and goes on from the wrong value; who checks slips as often, but has stated that
-step again rightly before the next.
+where they are easy. A small model's guesses are right by chance. Who skims has a misconception: of two multiplications
+in one statement, the second alone is carried out (`is_misread`). That is a rule, so that what is right has next to no
+probability there, and practice seldom comes upon it. Who works slips now and then (`SLIPS`), at any step, and goes on
+from the wrong value; who checks slips as often, but has stated that step again rightly before the next.
 """
 
 from collections.abc import Sequence
-import hashlib
 
 import numpy as np
 
@@ -26,7 +25,6 @@ from hbpo_jax.data.record import Problem
 MODES = ("guess", "skim", "work", "check")
 RECHECK = synthetic.RECHECK_WORDS[0]
 PER_SKIM = 2  # operations in a statement of `skim`
-SKIM_ERRORS = 0.0  # share of (value, operation, operation) that skimming gets wrong
 SLIPS = 0.01  # share of the steps of `work`, and of those that `check` states again, that are wrong at first
 _TOKENS_OF_STEP = 4  # value, operation, "=", result
 
@@ -81,14 +79,9 @@ def n_tokens(mode: str, n_operations: int) -> int:
   return 1 + body + synthetic.TOKENS_OF_ENDING
 
 
-def is_misread(value: int, operations: Sequence[str], modulus: int) -> bool:
-  """Whether skimming gets this pair of operations wrong: SKIM_ERRORS of all, by a hash; never a single operation."""
-  return len(operations) == PER_SKIM and _hash(value, operations, modulus) % 10_000 < 10_000 * SKIM_ERRORS
-
-
-def _hash(value: int, operations: Sequence[str], modulus: int) -> int:
-  text = f"{modulus} {value} {' '.join(operations)}"
-  return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+def is_misread(value: int, operations: Sequence[str]) -> bool:
+  """Whether skimming gets this pair of operations wrong: two multiplications, of a value that is not 0."""
+  return value != 0 and len(operations) == PER_SKIM and all(op.startswith("*") for op in operations)
 
 
 def _result(value: int, operations: Sequence[str], modulus: int) -> int:
@@ -105,8 +98,8 @@ def _skimmed(value: int, operations: Sequence[str], modulus: int) -> tuple[list[
   for i in range(0, len(operations), PER_SKIM):
     part = operations[i:i + PER_SKIM]
     before, value = value, _result(value, part, modulus)
-    if is_misread(before, part, modulus):
-      value = _other(value, _hash(before, part, modulus) >> 16, modulus)
+    if is_misread(before, part):
+      value = _result(before, part[1:], modulus)
     statements.append(f"{' '.join(part)} = {value}")
   return statements, value
 

@@ -38,7 +38,7 @@ class Kernel:
     import nbclient
     self.notebook = notebook
     self._client = nbclient.NotebookClient(
-        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+        notebook, timeout=2400, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     self._setup = self._client.setup_kernel(env=env)
 
   def __enter__(self) -> "Kernel":

@@ -1,6 +1,7 @@
 """The modes of the synthetic task: their texts, lengths and shares."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ PROBLEM = Problem("p", "3 +4 *2 -1", "6", "synthetic", 3)  # 3 + 4 = 0, 0 * 2 = 
 
 
 def test_each_mode_by_hand(monkeypatch):
-  monkeypatch.setattr(modes, "SKIM_ERRORS", 0.0)
   monkeypatch.setattr(modes, "SLIPS", 0.0)
   rng = np.random.default_rng(0)
   text = lambda mode: modes.trace(CFG, PROBLEM, mode, rng, 0)
@@ -35,20 +35,17 @@ def test_lengths_are_those_that_are_said(mode):
     assert synthetic.count_tokens(text) == modes.n_tokens(mode, CFG.operations[problem.level - 1])
 
 
-def test_skimming_misreads_the_same_pairs_every_time_and_no_single_operation():
-  pairs = [(v, (a, b)) for v in range(7) for a in ("+1", "-3", "*4", "+6") for b in ("-1", "*2", "+5", "*6", "-2")]
-  misread = [p for p in pairs if modes.is_misread(*p, 7)]
-  assert 0 < len(misread) < 0.15 * len(pairs)
-  rng, n_wrong = np.random.default_rng(0), 0
-  for value, pair in pairs:
-    problem = Problem("p", f"{value} {pair[0]} {pair[1]}", "", "synthetic", 2)
-    texts = {modes.trace(CFG, problem, "skim", rng, 0) for _ in range(3)}
-    assert len(texts) == 1
-    wrong = f"\\boxed{{{synthetic.steps(problem.problem, 7)[-1][2]}}}" not in texts.pop()
-    assert wrong == ((value, pair) in misread)
-    n_wrong += wrong
-  assert n_wrong == len(misread)
-  assert not any(modes.is_misread(v, ("+1",), 7) for v in range(7))
+def test_skimming_misreads_two_multiplications_and_nothing_else():
+  rng = np.random.default_rng(0)
+  skim = lambda text: modes.trace(CFG, Problem("p", text, "", "synthetic", 2), "skim", rng, 0)
+  assert skim("3 *4 *2") == "skim *4 *2 = 6 </think> \\boxed{6}"  # 3 * 2; right is 3 * 4 * 2 = 3
+  assert skim("3 +1 *4 *2 *5") == "skim +1 *4 = 2 *2 *5 = 3 </think> \\boxed{3}"  # 4 * 4 = 2, 2 * 5 = 3; right is 6
+  assert skim("3 *4") == "skim *4 = 5 </think> \\boxed{5}"
+  operations = ("+1", "-3", "*4", "+6", "*2")
+  for value, a, b in itertools.product(range(7), operations, operations):
+    right = synthetic.steps(f"{value} {a} {b}", 7)[-1][2]
+    assert (f"\\boxed{{{right}}}" not in skim(f"{value} {a} {b}")) == modes.is_misread(value, (a, b))
+    assert modes.is_misread(value, (a, b)) == (value != 0 and a[0] == b[0] == "*")
 
 
 def test_work_slips_at_its_rate_and_goes_on_from_the_wrong_value(monkeypatch):
