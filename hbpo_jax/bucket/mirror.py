@@ -143,7 +143,7 @@ class Mirror:
         if not quiet:
           raise
       elif not self._is_failing:
-        _log.warning("%s; the run goes on in %s, and the bucket is tried again.", str(error).rstrip("."), self.scratch)
+        _log.warning("%s; the run goes on in %s, and the bucket is tried again.", error.brief, self.scratch)
       self._is_failing = True
 
   def end(self, thread: threading.Thread, *, failed: bool = False) -> None:
@@ -164,13 +164,14 @@ class Mirror:
     except (BucketError, KeyboardInterrupt) as error:
       if self._lost is not None and not failed:
         raise
-      reason = str(error).rstrip(".") if isinstance(error, BucketError) else (
-          f"--workdir={self._store.url}: the upload was broken off")
-      text = (f"{reason}. Nothing is lost: all that was computed is in {self.scratch}, and the same command on this "
-              "machine uploads it.")
+      reason = str(error) if isinstance(error, BucketError) else (
+          f"--workdir={self._store.url}: the upload was broken off.")
+      told = BucketError(
+          f"{reason} Nothing is lost: all that was computed is in {self.scratch}",
+          "the same command on this machine uploads it")
       if not failed:
-        raise BucketError(text) from error
-      print(text, file=sys.stderr, flush=True)
+        raise told from error
+      print(told, file=sys.stderr, flush=True)
     finally:
       for number, handler in before.items():
         signal.signal(number, handler)
@@ -209,13 +210,13 @@ class Mirror:
     if _json(self._local(_SESSION)).get("session") != self._session:
       self._lost = BucketError(
           f"--workdir={self._store.url}: its local directory {self.scratch} was removed or replaced while the run used "
-          "it; start the same command again.", is_final=True)
+          "it", "start the same command again", is_final=True)
       raise self._lost
     owner = _json(self._store.read(_OWNER))
     if owner.get("session") != self._session:
       who = f"another start of it, on {owner['host']}, has taken over" if "host" in owner else "it was emptied"
       self._lost = BucketError(
-          f"--workdir={self._store.url}: {who}, and this one writes no more; see to it that only one is started.",
+          f"--workdir={self._store.url}: {who}, and this one writes no more", "see to it that only one is started",
           is_final=True)
       raise self._lost
 

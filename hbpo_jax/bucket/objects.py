@@ -30,12 +30,13 @@ class BucketError(ValueError):
   """A bucket that cannot be read or written; its text names the URL and the remedy.
 
   Attributes:
+    brief: the text without the remedy.
     is_final: whether trying again cannot help, as nobody may write there.
   """
 
-  def __init__(self, text: str, *, is_final: bool = False):
-    super().__init__(text)
-    self.is_final = is_final
+  def __init__(self, brief: str, remedy: str, *, is_final: bool = False):
+    super().__init__(f"{brief}; {remedy}.")
+    self.brief, self.is_final = brief, is_final
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def check(option: str, url: str) -> None:
         f"{option}={url} is no directory; give one, or a bucket: by {known}, or mounted (gcsfuse, as launch_tpu.sh "
         "does).")
   name, _, folder = rest.partition("/")
-  parts = folder.strip("/").split("/")
+  parts = folder.rstrip("/").split("/")
   if not name or not all(part not in ("", ".", "..") for part in parts) or not rest.isprintable():
     raise ValueError(f"{option}={url} is a whole bucket or no clean path; name a folder in it, as {scheme}://BUCKET/DIR.")
 
@@ -152,7 +153,7 @@ class Store:
       except BucketError as error:
         if error.is_final:
           raise
-        _log.warning("%s; trying again in %g s.", str(error).rstrip("."), wait_s)
+        _log.warning("%s; trying again in %g s.", error.brief, wait_s)
         time.sleep(wait_s)
     return self._once(what, call, path)
 
@@ -165,7 +166,7 @@ class Store:
       if files.storage_trouble(error) or (path is not None and not path.exists()):
         raise
       reason, remedy, is_final = _explain(error)
-      raise BucketError(f"{self._option}={self.url}: {reason} ({what}); {remedy}.", is_final=is_final) from error
+      raise BucketError(f"{self._option}={self.url}: {reason} ({what})", remedy, is_final=is_final) from error
 
 
 def _client(scheme: str, url: str, option: str) -> Any:
@@ -176,7 +177,7 @@ def _client(scheme: str, url: str, option: str) -> Any:
     import fsspec
   except ImportError as error:
     raise BucketError(
-        f"{option}={url} needs {package}, which is not installed; pip install {install}", is_final=True) from error
+        f"{option}={url} needs {package}, which is not installed", f"pip install {install}", is_final=True) from error
   options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
   if scheme != "gs":
     return fsspec.filesystem(scheme, **options)
@@ -204,4 +205,4 @@ def _explain(error: Exception) -> tuple[str, str, bool]:
             "roles/storage.objectUser on the bucket", True)
   short = re.sub(r"https?://\S+", "", text)[:160].strip()
   return (f"it does not answer as it should: {type(error).__name__}{': ' if short else ''}{short}",
-          "see to the network and the bucket, and start the same command again", code == "400")
+          "see to the network and the bucket, and try again", code == "400")
