@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -231,6 +232,36 @@ def test_what_is_gone_from_the_disk_goes_from_the_bucket_last(client):
   assert kinds == sorted(kinds, reverse=True), "writes, then deletions"
   deleted = [n for o, n in changes if o == "delete"]
   assert deleted.index(".mirror/units/checkpoints/3.json") < deleted.index("checkpoints/3/sums")
+
+
+def test_the_best_step_may_change_during_a_pass(client, monkeypatch):
+  walk, todo = mirror.Mirror._files, [SECOND]
+
+  def walking(self):
+    if todo and self._sent:
+      leave(self.scratch, todo.pop())
+    return walk(self)
+
+  with opened() as root:
+    write(root, FIRST)
+    bucket.settle()
+    monkeypatch.setattr(mirror.Mirror, "_files", walking)
+    bucket.settle()
+    # The list of units came later than best.json was read.
+    assert client.files["best/best.json"] == FIRST["best/best.json"].encode() and "best/4/sums" in client.files
+    bucket.settle()
+    assert client.files["best/best.json"] == SECOND["best/best.json"].encode()
+
+
+def test_a_full_disk_does_not_hide_what_the_command_says(client, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device", "session.json")
+
+  with pytest.raises(ValueError, match="of the command"), opened() as root:
+    write(root, FIRST)
+    failing(client)
+    monkeypatch.setattr(mirror, "atomic_write_text", full)
+    raise ValueError("of the command")
 
 
 def test_what_is_being_written_is_not_uploaded(client):

@@ -68,6 +68,7 @@ class Mirror:
     self._over = threading.Event()
     self._lost: BucketError | None = None
     self._is_failing = False
+    self._noted: bool | None = None  # What is noted of the bucket: whether it may lack something.
     self._sent: dict[str, Key] = {}  # Files whose object is equal, as they were when it was written.
     self._remote: set[str] = set()  # Objects that are there.
     self._marked: dict[str, dict[str, Key]] = {}  # Units with a marker; {} of one whose files are not known.
@@ -93,13 +94,14 @@ class Mirror:
     what = "goes on with what could not be uploaded" if goes_on else f"{len(self._sent):,} files ({size / 1e6:,.1f} MB)"
     _say(f"working directory {self._store.url}: {what}, in {self.scratch}")
 
-  def fetch(self, *, keep_local: bool = False) -> int:
+  def fetch(self, *, keep_local: bool = False, once: bool = False) -> int:
     """Makes the scratch equal to the mirror, by as few downloads as its checksums allow; the bytes that it has then.
 
     Args:
       keep_local: whether the scratch stays as it is, and only what is equal is noted.
+      once: whether a bucket that does not answer at all is given up at once.
     """
-    found = self._store.list()
+    found = self._store.list(once=once)
     marked = {unit for name in found if (unit := _unit_of_marker(name)) and self._is_needed(unit)
               and self._is_complete(name, found)}
     wanted = {name: entry for name, entry in found.items() if _is_mirrored(name) and (
@@ -130,7 +132,8 @@ class Mirror:
     due = time.monotonic() + _LOOK_S
     while not self._over.wait(_LOOK_S):
       if time.monotonic() >= due or (not self._is_failing and self._has_new_checkpoint()):
-        self.settle(quiet=True)
+        with contextlib.suppress(OSError):  # Of the disk; the run itself and the last pass meet it, too.
+          self.settle(quiet=True)
         due = time.monotonic() + PASS_S
 
   def settle(self, *, quiet: bool = False) -> None:
@@ -161,11 +164,11 @@ class Mirror:
       thread.join()
       self.sync()
       _say(f"all is in {self._store.url}")
-    except (BucketError, KeyboardInterrupt) as error:
-      if self._lost is not None and not failed:
+    except (BucketError, OSError, KeyboardInterrupt) as error:
+      if not failed and (self._lost is not None or isinstance(error, OSError)):
         raise
-      reason = str(error) if isinstance(error, BucketError) else (
-          f"--workdir={self._store.url}: the upload was broken off.")
+      reason = f"--workdir={self._store.url}: the upload was broken off." if isinstance(error, KeyboardInterrupt) else (
+          str(error))
       told = BucketError(
           f"{reason} Nothing is lost: all that was computed is in {self.scratch}",
           "the same command on this machine uploads it")
@@ -187,15 +190,14 @@ class Mirror:
         raise self._lost
       try:
         self._check_owner()
-        late = {name: content for name in _LATE if (content := self._local(name)) is not None}
+        late = {name: (_key(path), path.read_bytes()) for name in _LATE if (path := self.scratch / name).exists()}
         units, _ = self._files()
         _, single = self._files()  # After the units: what one of them needs was there before it.
         self._all(lambda name: self._send(name, single[name]), [n for n in single if n not in _LATE])
         for unit in sorted(units, key=_turn):
           self._send_unit(unit, units[unit])
-        for name, content in late.items():
-          if name in single:
-            self._send(name, single[name], content)
+        for name, (key, content) in late.items():
+          self._send(name, key, content)
         self._remove_gone()
       except (BucketError, KeyboardInterrupt):
         if self._lost is None:
@@ -325,8 +327,10 @@ class Mirror:
 
   def _note(self, *, unsent: bool) -> None:
     """Keeps beside the files whose they are, and whether the bucket may lack some of them."""
-    atomic_write_text(self.scratch / _SESSION, json.dumps(
-        {"session": self._session, "url": self._store.url, "unsent": unsent}))
+    if self._noted != unsent:
+      atomic_write_text(self.scratch / _SESSION, json.dumps(
+          {"session": self._session, "url": self._store.url, "unsent": unsent}))
+      self._noted = unsent
 
   def _all(self, call: Callable[[str], Any], names: Iterable[str]) -> None:
     """Calls it with every name, some at a time; raises what the first that failed has raised."""

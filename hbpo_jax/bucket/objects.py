@@ -83,13 +83,13 @@ class Store:
     self._root = "/".join(part for part in root.split("/") if part)
     self._fs = self._once("open it", lambda: _client(scheme, self.url, option))
 
-  def list(self) -> dict[str, Entry]:
-    """All objects by name."""
+  def list(self, *, once: bool = False) -> dict[str, Entry]:
+    """All objects by name; once: as of `write`."""
     def find() -> dict[str, Any]:
       self._fs.invalidate_cache()
       return self._fs.find(self._root, detail=True)
 
-    found = self._trying("list", find)
+    found = (self._once if once else self._trying)("list", find)
     prefix = self._root + "/"
     return {
         name.removeprefix(prefix): Entry(int(info["size"]), _md5(info)) for name, info in found.items()

@@ -103,7 +103,7 @@ def reading(path: str, option: str, *, with_units: bool = False) -> Iterator[str
   base.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix="read-", dir=base) as folder:
     copy = Mirror(store, pathlib.Path(folder) / store.url.rpartition("/")[2], is_needed)
-    if not copy.fetch():
+    if not copy.fetch(once=True):
       raise FileNotFoundError(f"{option}={path} holds nothing; give the URL of a run or an evaluation.")
     yield str(copy.scratch / inside["inside"] if inside else copy.scratch)
 
