@@ -97,6 +97,9 @@ def base_of(run: pathlib.Path) -> tuple[str, str]:
     FileNotFoundError, ValueError: when run.json is missing or damaged.
   """
   settings, origin = run_info.read_config(run)["model"], run_info.read_origin(run)
+  path, made = pathlib.PurePath(settings["path"]), run / "warmstart" / "export"
+  if path.parts[-2:] == made.parts[-2:] and not pathlib.Path(path).exists() and made.is_dir():
+    return str(made), settings["revision"]  # Made by the run itself, which was moved since, or fetched from a bucket.
   return settings["path"], origin["commit"] if origin else settings["revision"]
 
 

@@ -40,7 +40,8 @@ class Command:
 # Of every command that takes settings.
 COMMON = (
     Option("config", "NAME_OR_FILE", "A shipped config by its name, or a Python file with get_config().", "config"),
-    Option("workdir", "DIR", "Directory of everything the command writes.", "directory"),
+    Option("workdir", "DIR", "Directory of everything the command writes; of train, sft, evaluate and regrade also "
+           "gs://BUCKET/DIR.", "directory"),
     Option("gin_file", "FILE", "Gin file with the same settings, as RolloutConfig.queries = 8 (repeatable).", "file"),
     Option("gin_param", "BINDING", "One gin binding (repeatable). The order is: config file, gin, --config.FIELD."),
     Option("traceback", "", "Show where an error was raised."),

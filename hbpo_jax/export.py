@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 
-from hbpo_jax import assemble, distributed, hub, run_info
+from hbpo_jax import assemble, bucket, distributed, hub, run_info
 from hbpo_jax import config as config_lib
 from hbpo_jax.config import Config, LoraConfig, MeshConfig, ModelConfig
 from hbpo_jax.learning import checkpoint
@@ -230,6 +230,8 @@ def main(arguments: argparse.Namespace) -> None:
   Raises:
     FileNotFoundError, ValueError: when something is missing or damaged, or the hub refuses; names the remedy.
   """
+  if bucket.is_url(arguments.out):
+    raise ValueError(f"--out={arguments.out} is no directory; give one, and copy it to the bucket.")
   if arguments.push:
     hub.check_repository("--push", arguments.push)  # Before an hour of work.
   source = find(arguments.source)
@@ -262,7 +264,9 @@ def cli(argv: Sequence[str] | None = None) -> None:
   if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")  # A training run may hold the accelerator.
   with flags.one_line_errors(arguments):
-    main(parse(arguments))
+    parsed = parse(arguments)
+    with bucket.reading(parsed.source, "RUN_OR_CHECKPOINT", with_units=True) as parsed.source:
+      main(parsed)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
 
-from hbpo_jax import commands, config, files, gin_front, usage
+from hbpo_jax import bucket, commands, config, files, gin_front, usage
 from hbpo_jax.reporting.text import plain
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -51,6 +51,8 @@ def run(main: Callable[[config.Config, str], Any], *, name: str, description: st
   one line on stderr and exit code 2 (`--traceback` shows where); any other exception is a defect and keeps its
   traceback.
 
+  Where the working directory is a bucket, `main` gets the local directory that is mirrored there (hbpo_jax.bucket).
+
   Args:
     main: the command, (cfg, workdir) -> anything.
     name: of the command, a row of `commands.COMMANDS`, or how one without a row is called.
@@ -64,7 +66,9 @@ def run(main: Callable[[config.Config, str], Any], *, name: str, description: st
   show_help(name, arguments, description)
   with one_line_errors(arguments):
     line = parse(arguments, name=name, needs_workdir=needs_workdir)
-    main(line.cfg, line.workdir)
+    several = None if name == "regrade" else line.cfg.distributed
+    with bucket.opened(line.workdir, several, with_units=name != "regrade") as workdir:
+      main(line.cfg, workdir)
 
 
 @contextlib.contextmanager
@@ -175,10 +179,13 @@ def parse(argv: Sequence[str], *, name: str = "hbpo_jax", needs_workdir: bool = 
   from_gin = gin_front.read(values.gin_file, values.gin_param) if values.gin_file or values.gin_param else {}
   overrides = from_gin | config_flags.get_override_values(values["config"]) | cleared
   workdir = str(pathlib.Path(values.workdir).expanduser()) if values.workdir else ""
-  if "://" in (values.workdir or ""):  # pathlib would make a local directory of that name.
-    raise ValueError(
-        f"--workdir={values.workdir} is no directory; mount the bucket (gcsfuse, as launch_tpu.sh does) and give its "
-        "place.")
+  if bucket.is_url(values.workdir or ""):  # pathlib would make a local directory of that name.
+    bucket.check("--workdir", values.workdir)
+    if name not in bucket.COMMANDS:
+      raise ValueError(
+          f"--workdir={values.workdir} is no directory, and {name} writes to nothing else; give one, or mount the "
+          f"bucket (gcsfuse, as launch_tpu.sh does) and give its place. {', '.join(bucket.COMMANDS)} take a bucket.")
+    workdir = values.workdir
   return CommandLine(cfg=build(base, overrides), workdir=workdir)
 
 

@@ -7,8 +7,8 @@ import pathlib
 import time
 from typing import Any, NoReturn
 
+from hbpo_jax import bucket, distributed, preemption
 from hbpo_jax import config as config_lib
-from hbpo_jax import distributed, preemption
 from hbpo_jax.clocks import WallClock
 from hbpo_jax.config import Config
 from hbpo_jax.evaluation.during import Evaluations
@@ -46,6 +46,7 @@ class Keeper:
         self._save_and_stop(step + 1, state, lambda: meta() | {"unmeasured": True})
     due = self.checkpoints.due(step + 1, last=self.cfg.steps) or self.guard.limit_reached
     if due and self.guard.check_save(step + 1, state, last=step + 1 == self.cfg.steps):
+      bucket.settle()  # The checkpoint before this one, too, is where it outlasts the machine.
       self._save(step + 1, state, meta())
     if self.guard.limit_reached:
       self.checkpoints.wait()

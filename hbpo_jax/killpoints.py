@@ -19,6 +19,7 @@ import threading
 from typing import Any
 
 from hbpo_jax import files, train
+from hbpo_jax.bucket import mirror
 from hbpo_jax.evaluation import store
 from hbpo_jax.grading import journal
 from hbpo_jax.learning import checkpoint, learner
@@ -186,11 +187,37 @@ def _evaluation(fuse: Fuse) -> None:
   _wrap(store.Store, "append", around)
 
 
+def _bucket_file(fuse: Fuse) -> None:
+  """After a single file was looked at and, if need be, written to the bucket."""
+  def around(original, self, *args):
+    original(self, *args)
+    fuse.at()
+
+  _wrap(mirror.Mirror, "_send", around)
+
+
+def _bucket_unit(marked: bool) -> Callable[[Fuse], None]:
+  """When the files of a checkpoint are in the bucket, before or after its marker."""
+  def install(fuse: Fuse) -> None:
+    def around(original, self, unit, files):
+      step = int(unit.rpartition("/")[2]) if unit.startswith("checkpoints/") else -1
+      if not marked:
+        fuse.at(step)
+      original(self, unit, files)
+      if marked:
+        fuse.at(step)
+
+    _wrap(mirror.Mirror, "_mark", around)
+
+  return install
+
+
 POINTS: dict[str, Callable[[Fuse], None]] = {
     "rollout": _rollout, "grading": _grading, "verdicts": _verdicts, "update": _update,
     "checkpoint": _saving("before"), "checkpoint_writing": _saving("during"), "checkpoint_written": _checksums(False),
     "checkpoint_summed": _checksums(True), "checkpoint_done": _saving("after"), "log": _log, "export": _export,
-    "evaluation": _evaluation,
+    "evaluation": _evaluation, "bucket_file": _bucket_file, "bucket_unit": _bucket_unit(False),
+    "bucket_marker": _bucket_unit(True),
 }
 
 

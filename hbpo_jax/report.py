@@ -11,10 +11,12 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Sequence
+import contextlib
 import os
 import pathlib
 import sys
 
+from hbpo_jax import bucket
 from hbpo_jax.files import atomic_write_bytes, atomic_write_text
 from hbpo_jax.reporting import page, runs, sample_view
 from hbpo_jax.studies import writeup
@@ -42,6 +44,8 @@ def write(arguments: argparse.Namespace) -> list[pathlib.Path]:
     ValueError: when a run cannot be read, or DIR is a file or that of a run.
   """
   out = pathlib.Path(arguments.out).expanduser()
+  if bucket.is_url(arguments.out):
+    raise ValueError(f"--out={arguments.out} is no directory; give one, and copy it to the bucket.")
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={arguments.out} is a file; give a directory, which is made if it is missing.")
   if studied := [p for p in arguments.runs if writeup.is_study(pathlib.Path(p.partition("=")[2] or p).expanduser())]:
@@ -77,6 +81,12 @@ def _write_study(arguments: Sequence[str], out: pathlib.Path) -> list[pathlib.Pa
   return written
 
 
+def _on_disk(run: str, stack: contextlib.ExitStack) -> str:
+  """[NAME=]PATH of a run that may lie in a bucket, with the path of a copy in its place."""
+  name, equals, path = run.partition("=") if "=" in run.partition("://")[0] else ("", "", run)
+  return f"{name}{equals}{stack.enter_context(bucket.reading(path, 'RUN'))}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """The command.
 
@@ -85,8 +95,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
   flags.show_help("report", arguments)
-  with flags.one_line_errors(arguments):
-    write(parse(arguments))
+  with flags.one_line_errors(arguments), contextlib.ExitStack() as stack:
+    parsed = parse(arguments)
+    parsed.runs = [_on_disk(run, stack) for run in parsed.runs]
+    write(parsed)
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

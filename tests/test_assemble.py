@@ -1,4 +1,4 @@
-"""Opening a checkpoint: its tokenizer is taken as it is."""
+"""Opening a checkpoint: its tokenizer is taken as it is, and the model that a run began with is found."""
 
 import json
 
@@ -42,3 +42,18 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
   checkpoints.make_tokenizer(tmp_path, vocab_size=700, texts=[str(i) * 3 for i in range(1000)])
   with pytest.raises(ValueError, match="the embedding 512 rows"):
     assemble.load_tokenizer(tmp_path, presets.preset("tiny_qwen2"))
+
+
+def test_the_base_of_a_run_that_was_moved_is_the_model_that_it_made(tmp_path):
+  def make(path, made=True):
+    if made:
+      (tmp_path / "run" / "warmstart" / "export").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"config": {"model": {"path": path, "revision": "r"}}}))
+    return assemble.base_of(tmp_path / "run")
+
+  (tmp_path / "run").mkdir()
+  assert make("/gone/warmstart/export", made=False) == ("/gone/warmstart/export", "r")
+  assert make("/gone/warmstart/export") == (str(tmp_path / "run" / "warmstart" / "export"), "r")
+  assert make("org/model") == ("org/model", "r")
+  (tmp_path / "other" / "warmstart" / "export").mkdir(parents=True)
+  assert make(str(tmp_path / "other" / "warmstart" / "export"))[0] == str(tmp_path / "other" / "warmstart" / "export")

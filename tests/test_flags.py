@@ -259,11 +259,19 @@ def test_missing_gin_names_the_extra(capsys, monkeypatch):
 
 # Running a command.
 
-def test_a_bucket_is_no_working_directory(capsys):
+def test_a_bucket_is_no_working_directory_of_commands_that_are_not_made_for_it(capsys):
   with pytest.raises(SystemExit) as end:
     flags.run(lambda *_: None, name="x", description="", argv=["--config=smoke", "--workdir=gs://b/run"])
   error = capsys.readouterr().err
   assert end.value.code == 2 and "--workdir=gs://b/run" in error and "gcsfuse" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["train", "sft", "evaluate", "regrade"])
+def test_a_bucket_is_a_working_directory(name):
+  line = flags.parse(["--config=smoke", "--workdir=gs://b/run"], name=name)
+  assert line.workdir == "gs://b/run"
+  with pytest.raises(ValueError, match="--workdir=ftp://b/run is no directory"):
+    flags.parse(["--config=smoke", "--workdir=ftp://b/run"], name=name)
 
 
 def test_main_gets_config_and_workdir():

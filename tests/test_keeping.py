@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from hbpo_jax import config, keeping, preemption
+from hbpo_jax import bucket, config, keeping, preemption
 from hbpo_jax.clocks import WallClock
 from hbpo_jax.rollout import shelf
 from tests.rollout.test_shelf import LEDGER, make_rollouts
@@ -89,3 +89,15 @@ def test_a_stop_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path):
   assert rows == [(3, {"eval/accuracy": 0.5})] and asked == [4, 4]
   keeper.catch_up(4, "state", {"data_state": {}})
   assert asked == [4, 4]
+
+
+def test_a_checkpoint_waits_until_the_bucket_has_the_one_before_it(tmp_path, monkeypatch):
+  checkpoints, order = Checkpoints(3), []
+  monkeypatch.setattr(bucket, "settle", lambda: order.append(checkpoints.steps()))
+  checkpoints.due = lambda step, *, last: step == 6
+  keeper = make_keeper(tmp_path, checkpoints)
+  keeper.after(4, "state", {"at": 5})
+  keeper.after(5, "state", {"at": 6})
+  assert order == [[3]] and checkpoints.steps() == [3, 6]
+  stop(keeper, 7)
+  assert order == [[3]], "whoever is told to stop has no time to lose; the end of the run waits for the bucket"

@@ -141,7 +141,7 @@ def understand(module: str, argv: list[str], *, partial: bool = False) -> None:
     return
   if partial:
     argv = ["--config=smoke"] * (not any(a.startswith("--config=") for a in argv)) + argv
-  cfg = flags.parse(argv, needs_workdir=commands.COMMANDS[module].needs_workdir and not partial).cfg
+  cfg = flags.parse(argv, name=module, needs_workdir=commands.COMMANDS[module].needs_workdir and not partial).cfg
   mesh = cfg.mesh
   n_devices = mesh.data * mesh.tensor * max(mesh.fsdp, 1) + mesh.rollout_devices
   if module == "evaluate":

@@ -49,17 +49,18 @@ class Nursery:
     self._process.stdin.close()
     self._process.wait(timeout=60)
 
-  def run(self, module: str, overrides: dict, workdir: pathlib.Path, *faults: str, at: pathlib.Path | None = None
-          ) -> Ended:
+  def run(self, module: str, overrides: dict, workdir: pathlib.Path, *faults: str, at: pathlib.Path | None = None,
+          url: str = "") -> Ended:
     """A command to its end.
 
     Args:
       at: where its config file goes; None means beside the working directory.
+      url: of a bucket, in the place of the working directory.
     """
     self._n += 1
     log = self._folder / f"{self._n}.log"
     argv = [a for a in runs.arguments(overrides, (at or workdir.parent) / workdir.name) if "--workdir" not in a]
-    order = {"faults": faults, "module": module, "argv": [*argv, f"--workdir={workdir}"], "log": str(log)}
+    order = {"faults": faults, "module": module, "argv": [*argv, f"--workdir={url or workdir}"], "log": str(log)}
     self._process.stdin.write(json.dumps(order) + "\n")
     self._process.stdin.flush()
     code = int(self._process.stdout.readline())
