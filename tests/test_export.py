@@ -1,6 +1,7 @@
 """The export command, and what train does with the hub: every form of source, adapters, damage, pushes, refusals."""
 
 import json
+import re
 import shutil
 import types
 
@@ -15,6 +16,7 @@ import transformers
 
 from hbpo_jax import assemble, export, run_info, train
 from hbpo_jax.config import MeshConfig
+from hbpo_jax.data.prompts import PromptBuilder
 from hbpo_jax.learning.checkpoint import Checkpointer
 from hbpo_jax.learning.learner import Learner
 from hbpo_jax.models import architecture, sharding, weights
@@ -102,6 +104,19 @@ def test_the_export_has_all_that_loaders_need(run, base, tmp_path):
   tokens = torch.arange(20)[None]
   expected = transformers.AutoModelForCausalLM.from_pretrained(direct)(tokens).logits
   assert torch.equal(model(tokens).logits, expected)
+
+
+def test_the_card_s_code_asks_as_training_did(run, tmp_path):
+  """Its prompt has the tokens of training's prompts, though the template of the checkpoint opens no thought."""
+  out = tmp_path / "out"
+  export.cli([str(run[0]), f"--out={out}"])
+  code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
+  found = {}
+  exec(code.replace("ORG/NAME", str(out)), found)  # What the card tells its readers to run.
+  cfg = runs.make_config(run_info.read_config(run[0]))
+  builder = PromptBuilder(found["tokenizer"], cfg, out)
+  assert found["inputs"]["input_ids"][0].tolist() == builder.encode(found["problem"])
+  assert found["output"].shape[1] > len(builder.encode(found["problem"]))
 
 
 def test_the_dtype_of_the_tensors(run, tmp_path):

@@ -161,13 +161,17 @@ def _usage(name: str, base: Base, flat: Mapping[str, Any], adapter: bool, own_to
     imports = f"from peft import PeftModel\n{imports}"
     loads = (f'name = "{name}"{hint}\ntokenizer = {tokenizer}.from_pretrained("{of}")\n'
              f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{of}", dtype="auto"), name)')
+  problem = "3 +4 *2" if flat["data.source"] == "synthetic" else "What is 12 + 7?"
   python = f"""```python
 {imports}
 
 {loads}
-problem = "What is 12 + 7?"
+problem = "{problem}"
 messages = [{system}{{"role": "user", "content": problem{instruction}}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+if not prompt.rstrip().endswith("<think>"):
+  prompt += "<think>\\n"  # The prompts of its training ended inside the thought.
+inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens={longest}, do_sample=True, temperature=0.6, top_p=0.95)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
@@ -175,14 +179,15 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
   if adapter:
     return python
   return f"""{python}
+With vLLM, from the same `prompt`:
+
 ```python
 from vllm import LLM, SamplingParams
 
-llm = LLM("{name}")
+llm = LLM(name)
 sampling = SamplingParams(temperature=0.6, top_p=0.95, max_tokens={longest})
-problem = "What is 12 + 7?"
-messages = [{system}{{"role": "user", "content": problem{instruction}}}]
-print(llm.chat(messages, sampling)[0].outputs[0].text)
+tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+print(llm.generate({{"prompt_token_ids": tokens}}, sampling)[0].outputs[0].text)
 ```
 """
 

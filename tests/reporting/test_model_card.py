@@ -67,9 +67,9 @@ def test_the_code_compiles_and_uses_the_name_and_the_prompt(adapter):
       settings(prompt__instruction=awkward, prompt__system="Be brief."), BASE, steps=1, name="me/mine", adapter=adapter)
   blocks = python_blocks(text)
   assert len(blocks) == (1 if adapter else 2)
-  for block in blocks:
-    literals = [n.value for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Constant)]
-    assert "me/mine" in literals and f" {awkward}" in literals and "Be brief." in literals
+  literals = [n.value for n in ast.walk(ast.parse("\n".join(blocks))) if isinstance(n, ast.Constant)]
+  for text_of_it in ("me/mine", f" {awkward}", "Be brief.", "<think>", "<think>\n"):
+    assert text_of_it in literals
   assert "vllm" in text or adapter
 
 
