@@ -23,7 +23,7 @@ from hbpo_jax.evaluation import benchmarks as benchmarks_lib
 from hbpo_jax.evaluation import output
 from hbpo_jax.evaluation.runner import Runner
 from hbpo_jax.evaluation.store import RESULTS, Benchmark
-from hbpo_jax.grading.judge import Judge
+from hbpo_jax.grading.judge import Judge, try_custom
 from hbpo_jax.reporting.console import Console
 
 
@@ -44,6 +44,7 @@ def main(cfg: Config, workdir: str) -> None:
   assemble.keep_compiled_programs()
   model = assemble.open_for_evaluation(cfg)
   benchmarks = benchmarks_lib.load_all(cfg.eval.benchmarks, cfg.data, cfg.seed, limit=cfg.eval.limit)
+  try_custom(cfg, benchmarks[0].problems[0])
   modes = modes_of(cfg)
   log = dataclasses.replace(cfg.log, live=False)
   with Judge(cfg, root / "verdicts") as judge, Console(log, 1, file=distributed.output()) as console:

@@ -32,7 +32,7 @@ from hbpo_jax.data import problems as problems_lib
 from hbpo_jax.data.pipeline import Pipeline, PipelineIterator
 from hbpo_jax.data.record import Problem
 from hbpo_jax.evaluation.during import Evaluations
-from hbpo_jax.grading.judge import Judge
+from hbpo_jax.grading.judge import Judge, try_custom
 from hbpo_jax.grading.verdict import Verdict
 from hbpo_jax.keeping import Keeper
 from hbpo_jax.learning import dumps, guards
@@ -304,10 +304,11 @@ def main(cfg: Config, workdir: str) -> None:
   root = pathlib.Path(workdir)
   assemble.keep_compiled_programs()
   export.check_push(cfg)
+  problems, eval_problems = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
+  try_custom(cfg, problems[0])
   cfg, wall_s = sft.with_model(cfg, root), WallClock()
   # Everything else that can be refused is refused here, before a weight is read.
   model = assemble.open_model(cfg, root)
-  problems, eval_problems = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
   data = Pipeline(problems, model.builder, cfg)
   engine = assemble.training_engine(cfg, model)
   learner = Learner(model.arch, cfg, model.mesh)

@@ -8,6 +8,7 @@ from hbpo_jax import user_code
 from hbpo_jax.grading.pool import check_lengths
 from hbpo_jax.grading.verdict import Verdict
 
+_FIRST = "A first try.\n</think>\n\n\\boxed{0}"
 CustomFunction = Callable[[list[str], list[dict]], Sequence[float]]
 
 
@@ -49,6 +50,20 @@ class CustomGrader:
   def close(self) -> None:
     """Forgets what was not collected."""
     self._waiting = {}
+
+  def try_on(self, problem: Mapping[str, Any]) -> None:
+    """Calls the function once, with a made-up response, so that a mistake in it shows before anything is computed.
+
+    Raises:
+      ValueError: when it fails, or returns what it must not; names the error and what the function is given.
+    """
+    try:
+      scores = self._function([_FIRST], [dict(problem)])
+    except Exception as error:
+      raise ValueError(
+          f"reward.grader={self.identity!r} failed when it was tried on one response: {type(error).__name__}: {error}; "
+          f"it gets a list of texts and a list of dicts with {', '.join(problem)} (see --traceback).") from error
+    self._verdicts(scores, 1)
 
   def submit(self, key: Hashable, response: str, answer: Any, *, thinking_opened: bool) -> None:
     """Keeps one response and its problem (a mapping or a dataclass) until `collect`.

@@ -18,6 +18,17 @@ from hbpo_jax.grading.pool import Grader
 from hbpo_jax.grading.verdict import Verdict
 
 
+def try_custom(cfg: Config, problem: Problem) -> None:
+  """Calls the user's function once, if `reward.grader` names one, before anything is computed.
+
+  Raises:
+    ValueError: when it cannot be imported, fails, or returns what it must not.
+  """
+  if cfg.reward.grader:
+    grader = load_custom(cfg.reward.grader)
+    distributed.from_writer("a trial of reward.grader", lambda: grader.try_on(dataclasses.asdict(problem)))
+
+
 class Judge:
   """A context manager that owns the grader and the journal of verdicts. All prompts are taken to open `<think>`."""
 

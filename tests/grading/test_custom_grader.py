@@ -49,6 +49,17 @@ def test_a_bad_path_is_refused(module, path, message):
   assert f"reward.grader='{path}'" in str(error.value)
 
 
+def test_a_function_that_fails_is_refused_when_it_is_tried():
+  given = []
+  CustomGrader(lambda r, p: given.append((r, p)) or [1], "t.f").try_on(PROBLEMS[0])
+  [(responses, problems)] = given
+  assert problems == [PROBLEMS[0]] and "</think>" in responses[0] and "\\boxed{0}" in responses[0]
+  with pytest.raises(ValueError, match=r"reward.grader='t.f' failed .* AttributeError: .*; it gets .* id, answer "):
+    CustomGrader(lambda r, p: [x.answer for x in p], "t.f").try_on(PROBLEMS[0])
+  with pytest.raises(ValueError, match="returned 2 numbers for 1 responses"):
+    CustomGrader(lambda r, p: [0, 1], "t.f").try_on(PROBLEMS[0])
+
+
 def test_numbers_become_verdicts():
   for scores in ([1, 0.0], [True, False], np.array([1.0, 0.0], np.float32), (np.float64(1), np.int32(0))):
     grader = CustomGrader(lambda r, p, scores=scores: scores, "t.f")
