@@ -74,7 +74,7 @@ def to_do(cells: Sequence[Cell], root: pathlib.Path) -> list[Cell]:
   """The cells that have no JSON file, and the warm starts that these need and whose models are gone."""
   missing = [c for c in cells if not cell_lib.path_of(root, c.name).is_file()]
   needed = {name for c in missing for name in c.after}
-  gone = [c for c in cells if c.kind == "warm_start" and c.name in needed and not cell_lib.model_of(root, c).exists()]
+  gone = [c for c in cells if c.kind == "warm_start" and c.name in needed and not plan.model_of(root, c.name).exists()]
   return [c for c in cells if c in missing or c in gone]
 
 

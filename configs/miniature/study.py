@@ -55,7 +55,7 @@ def get_study():
       seeds=(0, 1, 2),
       rival_seeds=(0,),
       tune_seed=100,
-      rates=(5e-5, 1.5e-4, 4.5e-4),
+      rates=(1.5e-4, 4.5e-4, 1e-3),
       n_eval=9_000,
       n_modes=1_200,
       n_tune=1_800,

@@ -49,7 +49,7 @@ def get_config():
   cfg.rollout.length_buckets = (80,)
   cfg.reward.max_response_tokens = 80
 
-  cfg.optimizer.learning_rate = 1.5e-4
+  cfg.optimizer.learning_rate = 4.5e-4
   cfg.optimizer.schedule = "linear"
   cfg.optimizer.final_fraction = 0.1
   cfg.optimizer.b2 = 0.98

@@ -39,11 +39,6 @@ def path_of(root: pathlib.Path, name: str) -> pathlib.Path:
   return root / "cells" / f"{name}.json"
 
 
-def model_of(root: pathlib.Path, cell: Cell) -> pathlib.Path:
-  """The checkpoint that a cell trains."""
-  return root / "runs" / cell.name / "export"
-
-
 def read(root: pathlib.Path, name: str) -> dict[str, Any]:
   """The JSON of a finished cell.
 
@@ -64,7 +59,7 @@ def run(study: Study, cell: Cell, root: pathlib.Path) -> dict[str, Any]:
   started = time.perf_counter()
   rate = choose_rate(study, cell, root) if cell.kind == "method" and study.rates else cell.rate
   cfg = plan.settings(study, cell, root, rate)
-  folder, model = root / "runs" / cell.name, model_of(root, cell)
+  folder, model = root / "runs" / cell.name, plan.model_of(root, cell.name)
   if cell.kind == "warm_start":
     if not (model / "config.json").is_file():
       _finish(sft.main, cfg, folder)

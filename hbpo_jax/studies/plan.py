@@ -143,12 +143,17 @@ def cells(study: Study, only: Sequence[str] = ()) -> list[Cell]:
   return found
 
 
+def model_of(root: pathlib.Path, name: str) -> pathlib.Path:
+  """The checkpoint that a cell trains."""
+  return root / "runs" / name / "export"
+
+
 def settings(study: Study, cell: Cell, root: pathlib.Path, rate: float | None = None) -> config.Config:
   """The settings that a cell trains with: the study's, its method's, its seed, its warm start and its learning rate."""
   overrides: dict[str, Any] = {"seed": cell.seed}
   if cell.kind != "warm_start":
     overrides |= next(m for m in study.methods if m.name == cell.method).overrides
-    overrides["model.path"] = str(root / "runs" / f"warm_start/seed_{cell.seed}" / "export")  # cell.model_of
+    overrides["model.path"] = str(model_of(root, f"warm_start/seed_{cell.seed}"))
     if rate is not None:
       overrides["optimizer.learning_rate"] = rate
   return flags.build(flags.load_config(study.config), overrides)

@@ -17,13 +17,6 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("inputs")
-  runs.make_inputs(folder)
-  return folder
-
-
-@pytest.fixture(scope="module")
 def cloud(tmp_path_factory):
   """A storage that all commands find, and local directories for this machine."""
   with gcs_server.serve() as storage, pytest.MonkeyPatch.context() as patch:

@@ -20,13 +20,6 @@ MESH = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}
 OTHER_MESH = {"mesh.data": 2, "mesh.fsdp": 4, "mesh.tensor": 1}
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("inputs")
-  runs.make_inputs(folder)
-  return folder
-
-
 def settings(inputs, **changes):
   """A short run with evaluations before, during and after; few programs, as two cores compile them for two."""
   return runs.settings(

@@ -19,13 +19,6 @@ KILLS = int(os.environ.get("HBPO_KILLS", "50"))
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("inputs")
-  runs.make_inputs(folder)
-  return folder
-
-
-@pytest.fixture(scope="module")
 def nursery(tmp_path_factory):
   with faults.Nursery(tmp_path_factory.mktemp("logs")) as nursery:
     yield nursery

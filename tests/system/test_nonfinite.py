@@ -15,13 +15,6 @@ from hbpo_jax.learning import guards
 from tests.system import runs
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("inputs")
-  runs.make_inputs(folder)
-  return folder
-
-
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
   monkeypatch.setattr(jax, "devices", lambda *a, devices=jax.devices()[:1]: devices)

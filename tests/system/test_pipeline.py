@@ -10,13 +10,6 @@ from tests.system import runs
 ONE_STEP_OFF = {"pipeline": "one_step_off", "loss.importance_cap": 2.0}
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("inputs")
-  runs.make_inputs(folder)
-  return folder
-
-
 def run(monkeypatch, inputs, workdir, n_devices=1, **changes):
   """The run's metric rows, in this process."""
   monkeypatch.setattr(jax, "devices", lambda *a, devices=jax.devices()[:n_devices]: devices)

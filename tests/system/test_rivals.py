@@ -13,13 +13,6 @@ PLAIN = {"prompt.budget_sentence": "", "rollout.budgets": (48,), "rollout.caps":
          "log.samples_every": 1, "log.n_samples": 16}
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("inputs")
-  runs.make_inputs(folder)
-  return folder
-
-
 @pytest.fixture
 def run(inputs, monkeypatch):
   """Trains on one of the test devices and returns the logged rows."""

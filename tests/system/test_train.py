@@ -18,13 +18,6 @@ STEPS = 8  # Enough that a run is killed long before its end.
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("inputs")
-  runs.make_inputs(folder)
-  return folder
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(inputs, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("uninterrupted")
   done = runs.run("train", runs.settings(inputs, steps=STEPS), workdir)
