@@ -10,8 +10,6 @@ import pathlib
 from typing import Any, NoReturn
 
 from absl import logging
-import numpy as np
-
 # Of a disk that is full, over quota, not writable, or failing: the reader's to mend.
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
@@ -90,8 +88,8 @@ def json_value(value: Any) -> Any:
     return [json_value(v) for v in value]
   if isinstance(value, os.PathLike):
     return os.fspath(value)
-  if hasattr(value, "__array__"):
-    return json_value(np.asarray(value).tolist())
+  if hasattr(value, "tolist"):  # NumPy's and JAX's; neither is imported here, so that a grading worker stays small.
+    return json_value(value.tolist())
   raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON: {value!r}")
 
 
