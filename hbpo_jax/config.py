@@ -144,17 +144,20 @@ class RolloutConfig:
 class RewardConfig:
   """The reward of a response (Section 3.2)."""
   form: str = setting(
-      "piecewise", "piecewise (paper, Eq. 1), min (release), classic, cosine; or another method's: l1_exact, l1_max, "
-      "efficient, alp, grpo_lambda, adlp, hmpo, thinkprune, adaptthink, autothink (hbpo_jax.objective.rivals).")
+      "piecewise", "piecewise (paper, Eq. 1), min (release), length, classic, cosine; or another method's: l1_exact, "
+      "l1_max, efficient, alp, grpo_lambda, adlp, hmpo, thinkprune, adaptthink, autothink (objective.rivals).")
   alpha: float | None = setting(
       None, "Weight of the length penalty; None means 1 / max_response_tokens, or that of another method's paper.")
-  beta: float = setting(4.0, "Scale of the cosine.")
+  beta: float = setting(4.0, "Scale of the curve.")
+  curve: str = setting(
+      "cosine", "How the reward falls from beta to 0 at L_max: cosine (paper), or log, where a doubled length costs the "
+      "same for short and for long responses (piecewise, min, length, cosine).")
   max_response_tokens: int = setting(4096, "L_max: a longer response earns nothing.")
   unfinished_reward: float = setting(0.0, "Reward without '</think>' or box; the release uses -1.")
   floor: float | None = setting(None, "Least reward of a correct response up to L_max; None means none.")
   bonus: float = setting(
       0.0, "Added to the reward of a correct response up to L_max, and to f2(b): what being right is worth beside "
-      "being short (piecewise, min, classic, cosine).")
+      "being short (piecewise, min, length, classic, cosine).")
   delta: float | None = setting(
       None, "l1_max: reward at the budget; adaptthink: bonus of not thinking; None means their papers' 0.5 and 0.05.")
   gate_share: float = setting(0.2, "grpo_lambda: share of a step's queries, the most solved, with length penalty.")

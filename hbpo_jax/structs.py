@@ -122,6 +122,20 @@ def rows_to_groups(rows: jax.Array, n_subgroups: int, n_rollouts: int, widths: t
   return tuple(grouped[:, g, :, :w] for g, w in enumerate(widths))
 
 
+def forced_advantage(advantage_BGJ: Any, weights: tuple[float, float]) -> Any:
+  """Advantage of the forced tokens: the mean over the subgroup, whose responses all open alike, times a weight.
+
+  Args:
+    advantage_BGJ: float [B, G, J], of NumPy or JAX.
+    weights: factors where the mean is positive, and where it is negative.
+  Returns:
+    float [B, G].
+  """
+  mean_BG = advantage_BGJ.mean(axis=2)
+  positive, negative = weights
+  return mean_BG * (negative + (positive - negative) * (mean_BG > 0))
+
+
 def make_batch(
     prompts: Prompts, rollouts: Rollouts, advantage_BGJ: jax.Array | None = None,
     prefix_weights: tuple[float, float] = (1.0, 1.0)) -> Batch:
@@ -130,8 +144,7 @@ def make_batch(
   Args:
     prompts, rollouts: of the step.
     advantage_BGJ: float [B, G, J], or None.
-    prefix_weights: factors on the advantage of forced tokens, of positive ones and negative ones; with 1, a row has one
-      advantage for all of its tokens.
+    prefix_weights: of `forced_advantage`; with 1 and 1, forced tokens have their response's advantage.
   Returns:
     A Batch without logp_old_RC and logp_ref_RC; logp_sampler_RC is set.
   """
@@ -148,8 +161,9 @@ def make_batch(
   if advantage_RC is not None and prefix_weights != (1, 1):
     B, G, J = rollouts.n_tokens_BGJ.shape
     n_prefix_R = jnp.broadcast_to(jnp.asarray(prompts.n_prefix_G)[None, :, None], (B, G, J)).reshape(-1, 1)
-    weight_R1 = jnp.where(advantage_RC > 0, *prefix_weights)
-    advantage_RC = advantage_RC * jnp.where(jnp.arange(C) < n_prefix_R, weight_R1, 1.0)
+    forced_BG = forced_advantage(advantage_BGJ, prefix_weights)
+    forced_R1 = jnp.broadcast_to(jnp.asarray(forced_BG)[:, :, None], (B, G, J)).reshape(-1, 1)
+    advantage_RC = jnp.where(jnp.arange(C) < n_prefix_R, forced_R1, advantage_RC)
   return Batch(
       tokens_RT=jnp.where(real_RT, jnp.concatenate([prompt_RP, groups_to_rows(rollouts.tokens, C)], axis=1), 0),
       segment_RT=real_RT.astype(jnp.int32),

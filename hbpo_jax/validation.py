@@ -22,6 +22,7 @@ CHOICES = {
     "rollout.prefill_kernel": ("auto", "xla", "splash", "cudnn"),
     "rollout.decode_kernel": ("auto", "xla", "pallas_tpu", "pallas_gpu"),
     "reward.form": tuple(forms.FORMS),
+    "reward.curve": ("cosine", "log"),
     "advantage.form": ("group", "leave_one_out", "reference"),
     "advantage.std_ddof": (0, 1),
     "advantage.intra_form": ("baseline", "within"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hbpo_jax.structs import Batch, Prompts, Rollouts
+from hbpo_jax.structs import Batch, forced_advantage, Prompts, Rollouts
 
 _LONG = 512  # tokens
 
@@ -32,7 +32,7 @@ def pack(
     row_tokens: columns of a row; 0 means those of `row_width`.
     share_prompts: whether responses to one query in one row share its prompt. The last token of the prompt, which
       predicts a response's first, is each response's own.
-    prefix_weights: factors on the advantage of forced tokens, of positive ones and negative ones.
+    prefix_weights: as in `structs.make_batch`.
   Returns:
     (a Batch of NumPy arrays with P = 1, rows in order of minibatch; logp_sampler_RC is set, logp_old_RC is not; the
     share of real tokens in the micro-batches that are not empty).
@@ -44,6 +44,7 @@ def pack(
   n_rows = math.ceil(per_minibatch / micro_rows) * micro_rows
   packed = _Columns.empty((n_minibatches * n_rows, width), share_prompts)
   advantage_BGJ = np.asarray(advantage_BGJ, np.float32)
+  forced_BG = None if prefix_weights == (1, 1) else forced_advantage(advantage_BGJ, prefix_weights)
   n_shared_B = np.asarray(prompts.n_prompt_B) - 1 if share_prompts else np.zeros(B, np.int64)
   own_BN = ((np.asarray(prompts.n_prompt_B) - n_shared_B)[:, None, None] + rollouts.n_tokens_BGJ).reshape(B, G * J)
   queries, n_computed = B // n_minibatches, 0
@@ -55,7 +56,7 @@ def pack(
     place = [m * n_rows + k % shards * (n_rows // shards) + k // shards for k in range(len(rows))]
     for r, members in zip(place, rows):
       packed.write(r, prompts, rollouts, advantage_BGJ, [
-          (m * queries + q, [divmod(n, J) for n in responses]) for q, responses in members.items()], prefix_weights)
+          (m * queries + q, [divmod(n, J) for n in responses]) for q, responses in members.items()], forced_BG)
   return packed.to_batch(), float((packed.segment != 0).sum()) / n_computed
 
 
@@ -158,9 +159,8 @@ class _Columns:
 
   def write(
       self, row: int, prompts: Prompts, rollouts: Rollouts, advantage_BGJ: np.ndarray,
-      members: Sequence[tuple[int, Sequence[tuple[int, int]]]],
-      prefix_weights: tuple[float, float]) -> None:
-    """Fills a row with responses (subgroup, rollout) by query."""
+      members: Sequence[tuple[int, Sequence[tuple[int, int]]]], forced_BG: np.ndarray | None) -> None:
+    """Fills a row with responses (subgroup, rollout) by query; forced_BG: advantage of forced tokens, if another."""
     start = number = 0
     for b, responses in members:
       n_prompt = int(prompts.n_prompt_B[b])
@@ -176,8 +176,8 @@ class _Columns:
         end = self._tokens(row, start, rollouts.response(b, g, j), number, n_prompt, context)
         self.has_loss[row, start:end] = rollouts.completion_mask[g][b, j, :n_tokens]
         self.advantage[row, start:end] = advantage_BGJ[b, g, j]
-        weight = prefix_weights[0 if advantage_BGJ[b, g, j] > 0 else 1]
-        self.advantage[row, start:start + int(prompts.n_prefix_G[g])] *= np.float32(weight)
+        if forced_BG is not None:
+          self.advantage[row, start:start + int(prompts.n_prefix_G[g])] = forced_BG[b, g]
         self.logp_sampler[row, start:end] = rollouts.logp_sampler[g][b, j, :n_tokens]
         start = end
 

@@ -39,6 +39,7 @@ _HBPO = "HBPO (arXiv 2507.15844)"
 FORMS = {
     "piecewise": Form(_HBPO, reads_budget=True, has_baseline=True),
     "min": Form(_HBPO, reads_budget=True, has_baseline=True),
+    "length": Form(_HBPO, reads_budget=True, has_baseline=True),
     "classic": Form(_HBPO),
     "cosine": Form(_HBPO),
     "l1_exact": Form("L1-Exact (arXiv 2503.04697)", reads_budget=True, wrong_pays=True, alpha=3e-4),

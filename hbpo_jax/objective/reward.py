@@ -1,7 +1,8 @@
 """Rewards of responses under token budgets, and the baseline that A_intra subtracts.
 
-    f1(n, b) = beta * cos(pi * n / (2 * L_max)) - alpha * |n - b|
-    f2(b)    = beta * cos(pi * b / (2 * L_max))
+    f1(n, b) = beta * g(n) - alpha * |n - b|
+    f2(b)    = beta * g(b)
+    g(n)     = cos(pi * n / (2 * L_max)), or with curve=log  1 - log(1 + n) / log(1 + L_max)
 """
 
 import math
@@ -35,8 +36,9 @@ def compute(
 
       piecewise  f2(b) if n <= b, f1(n, b) if n > b
       min        min(f1(n, b), f2(b))
+      length     f1(n, b)
       classic    1
-      cosine     beta * cos(pi * n / (2 * L_max))
+      cosine     beta * g(n)
 
   plus cfg.bonus, but at least cfg.floor (both times its correctness), if that is set. A response that is unfinished
   and not correct gets cfg.unfinished_reward, whatever its length. The other forms are those of `rivals`; to them a
@@ -53,7 +55,8 @@ def compute(
     float [B, G, J] in JAX's default float dtype; negative far above the budget.
   Raises:
     ValueError: when cfg.form does not exist, or what it reads is missing.
-  Source: Section 3.2, Eqs. 1-3; differs from the release: it uses `min` and unfinished_reward -1.
+  Source: Section 3.2, Eqs. 1-3; differs from the release: it uses `min` and unfinished_reward -1. `length`, curve=log,
+    bonus and floor are ours.
   """
   _check_form(cfg)
   dtype = jnp.result_type(float)
@@ -71,11 +74,11 @@ def compute(
   if cfg.form == "classic":
     earned = jnp.ones_like(n)
   elif cfg.form == "cosine":
-    earned = _cosine(n, cfg)
+    earned = _curve(n, cfg)
   else:
-    f1 = _cosine(n, cfg) - _alpha(cfg) * jnp.abs(n - b)
-    f2 = _cosine(b, cfg)
-    earned = jnp.where(n > b, f1, f2) if cfg.form == "piecewise" else jnp.minimum(f1, f2)
+    f1 = _curve(n, cfg) - _alpha(cfg) * jnp.abs(n - b)
+    f2 = _curve(b, cfg)
+    earned = {"piecewise": jnp.where(n > b, f1, f2), "min": jnp.minimum(f1, f2), "length": f1}[cfg.form]
   # where, not a product: a wrong answer is +0.0 however the earned reward is signed.
   counts = (correct_BGJ > 0) & (n <= cfg.max_response_tokens)
   score = jnp.where(counts, correct_BGJ, 0.0)
@@ -106,7 +109,7 @@ def baseline(budget_tokens_G: Any, *, cfg: RewardConfig) -> jax.Array:
         f"or choose a form of {FORMS_WITH_BASELINE}.")
   budget_G = jnp.asarray(budget_tokens_G).astype(jnp.result_type(float))
   chex.assert_rank(budget_G, 1)
-  return _cosine(budget_G, cfg) + cfg.bonus
+  return _curve(budget_G, cfg) + cfg.bonus
 
 
 def responses(
@@ -139,7 +142,9 @@ def _floored(reward: jax.Array, score: jax.Array, cfg: RewardConfig) -> jax.Arra
   return reward if cfg.floor is None else jnp.where(score > 0, jnp.maximum(reward, score * cfg.floor), reward)
 
 
-def _cosine(n: jax.Array, cfg: RewardConfig) -> jax.Array:
+def _curve(n: jax.Array, cfg: RewardConfig) -> jax.Array:
+  if cfg.curve == "log":
+    return cfg.beta * (1.0 - jnp.log1p(n) / math.log1p(cfg.max_response_tokens))
   return cfg.beta * jnp.cos(math.pi / 2 * (n / cfg.max_response_tokens))
 
 

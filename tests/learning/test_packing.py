@@ -198,15 +198,17 @@ def test_shared_prompts_need_fewer_rows():
 
 @pytest.mark.parametrize("share_prompts", [False, True])
 def test_the_weight_of_a_prefix(share_prompts):
-  """Forced tokens have their response's advantage times the weight; packed or not."""
+  """Forced tokens have their subgroup's mean advantage times the weight of its sign; packed or not."""
   prompts, rollouts, advantage = make_step()
   # One forced token in the first subgroup, where it carries loss; two in the second, of which one does.
   prompts = prompts.replace(prefix_GF=np.zeros((G, 2), np.int32), n_prefix_G=np.array([1, 2], np.int32))
-  assert (advantage > 0).any() and (advantage < 0).any()
+  mean = advantage.mean(axis=2)
+  assert (mean > 0).any() and (mean < 0).any()
   plain = structs.make_batch(prompts, rollouts, advantage, (0.25, 0.5))
   expected = np.repeat(advantage.reshape(-1, 1), max(WIDTHS), axis=1)
   for r in range(B * G * J):
-    expected[r, :(1, 2)[r // J % G]] *= 0.25 if expected[r, -1] > 0 else 0.5
+    b, g = r // J // G, r // J % G
+    expected[r, :(1, 2)[g]] = mean[b, g] * (0.25 if mean[b, g] > 0 else 0.5)
   np.testing.assert_allclose(np.where(plain.completion_mask_RC, plain.advantage_RC, 0),
                              np.where(plain.completion_mask_RC, expected, 0), rtol=1e-6)
   packed, _ = packing.pack(
