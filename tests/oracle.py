@@ -8,7 +8,8 @@ import math
 import numpy as np
 
 
-def reward(n_gen, correct, budgets, *, form, alpha, beta, L_max, unfinished_reward=0.0, finished=None):
+def reward(
+    n_gen, correct, budgets, *, form, alpha, beta, L_max, unfinished_reward=0.0, finished=None, curve="cosine"):
   """Rewards as nested loops; arrays [B, G, J], budgets [G]. Returns float64 [B, G, J]."""
   n_gen, correct = np.asarray(n_gen), np.asarray(correct, dtype=np.float64)
   out = np.zeros(n_gen.shape, np.float64)
@@ -19,23 +20,36 @@ def reward(n_gen, correct, budgets, *, form, alpha, beta, L_max, unfinished_rewa
       continue
     if c == 0 or n > L_max:
       continue
-    f1 = beta * math.cos(math.pi * n / (2 * L_max)) - alpha * abs(n - b)
-    f2 = beta * math.cos(math.pi * b / (2 * L_max))
+    f1 = beta * fall(n, L_max, curve) - alpha * L_max * abs(share(n, L_max, curve) - share(b, L_max, curve))
+    f2 = beta * fall(b, L_max, curve)
     if form == "piecewise":
       value = f1 if n > b else f2
     elif form == "min":
       value = min(f1, f2)
+    elif form == "length":
+      value = f1
     elif form == "classic":
       value = 1.0
     else:
-      value = beta * math.cos(math.pi * n / (2 * L_max))
+      value = beta * fall(n, L_max, curve)
     out[q, g, j] = c * value
   return out
 
 
-def baseline(budgets, *, beta, L_max):
+def fall(n, L_max, curve):
+  """From 1 at no token to 0 at L_max."""
+  u = share(n, L_max, curve)
+  return math.cos(math.pi * u / 2) if curve == "cosine" else 1 - u
+
+
+def share(n, L_max, curve):
+  """From 0 at no token to 1 at L_max."""
+  return n / L_max if curve == "cosine" else math.log(1 + n) / math.log(1 + L_max)
+
+
+def baseline(budgets, *, beta, L_max, curve="cosine"):
   """f2 of each budget, float64 [G]."""
-  return np.array([beta * math.cos(math.pi * int(b) / (2 * L_max)) for b in budgets])
+  return np.array([beta * fall(int(b), L_max, curve) for b in budgets])
 
 
 def advantage(rewards, baselines, *, intra_coef, center_intra, std_ddof, std_eps):

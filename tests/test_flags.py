@@ -150,8 +150,8 @@ def test_profile_override_spares_the_files_own_edits_and_other_overrides(tmp_pat
 
 
 def test_profile_override_undoes_the_row_of_the_files_profile():
-  assert parse().advantage.center_intra
-  assert not parse("--config.profile=paper").advantage.center_intra
+  assert parse().reward.curve == "log"
+  assert parse("--config.profile=paper").reward.curve == "cosine"
 
 
 def test_profile_through_gin():

@@ -225,6 +225,7 @@ def test_other_methods_pass_without_a_budget_sentence_unless_the_prompt_names_th
     check(**more, **PLAIN)
   refuse(r"reward\.unfinished_reward", "is a wrong one", **more, reward__unfinished_reward=-1.0)
   refuse(r"reward\.bonus=2\.0", "is no part of", **more, reward__bonus=2.0)
+  refuse(r"reward\.curve='log'", "is no part of", **more, reward__curve="log")
 
 
 def test_a_run_without_a_budget_sentence():

@@ -1,8 +1,11 @@
 """Rewards of responses under token budgets, and the baseline that A_intra subtracts.
 
-    f1(n, b) = beta * g(n) - alpha * |n - b|
+    f1(n, b) = beta * g(n) - alpha * L_max * |u(n) - u(b)|
     f2(b)    = beta * g(b)
-    g(n)     = cos(pi * n / (2 * L_max)), or with curve=log  1 - log(1 + n) / log(1 + L_max)
+
+    curve    cosine                  log
+    u(n)     n / L_max               log(1 + n) / log(1 + L_max)
+    g(n)     cos(pi * u(n) / 2)      1 - u(n)
 """
 
 import math
@@ -76,7 +79,7 @@ def compute(
   elif cfg.form == "cosine":
     earned = _curve(n, cfg)
   else:
-    f1 = _curve(n, cfg) - _alpha(cfg) * jnp.abs(n - b)
+    f1 = _curve(n, cfg) - _alpha(cfg) * cfg.max_response_tokens * jnp.abs(_share(n, cfg) - _share(b, cfg))
     f2 = _curve(b, cfg)
     earned = {"piecewise": jnp.where(n > b, f1, f2), "min": jnp.minimum(f1, f2), "length": f1}[cfg.form]
   # where, not a product: a wrong answer is +0.0 however the earned reward is signed.
@@ -143,9 +146,15 @@ def _floored(reward: jax.Array, score: jax.Array, cfg: RewardConfig) -> jax.Arra
 
 
 def _curve(n: jax.Array, cfg: RewardConfig) -> jax.Array:
+  share = _share(n, cfg)
+  return cfg.beta * (1.0 - share if cfg.curve == "log" else jnp.cos(math.pi / 2 * share))
+
+
+def _share(n: jax.Array, cfg: RewardConfig) -> jax.Array:
+  """u(n), the place of a length between 0 and L_max: 0 to 1."""
   if cfg.curve == "log":
-    return cfg.beta * (1.0 - jnp.log1p(n) / math.log1p(cfg.max_response_tokens))
-  return cfg.beta * jnp.cos(math.pi / 2 * (n / cfg.max_response_tokens))
+    return jnp.log1p(n) / math.log1p(cfg.max_response_tokens)
+  return n / cfg.max_response_tokens
 
 
 def _alpha(cfg: RewardConfig) -> float:

@@ -28,8 +28,9 @@ def at_lengths(lengths, form="piecewise", budgets=BUDGETS, correct=None):
 
 
 @pytest.mark.parametrize("form", reward.FORMS)
+@pytest.mark.parametrize("curve", ["cosine", "log"])
 @pytest.mark.parametrize("x64, tolerance", [(False, 2e-6), (True, 1e-12)], ids=["float32", "float64"])
-def test_matches_the_loops(form, x64, tolerance):
+def test_matches_the_loops(form, curve, x64, tolerance):
   rng = np.random.default_rng(7)
   n_gen = rng.integers(1, L_MAX + 20, (5, 4, 6))
   n_gen[0] = BUDGETS[:, None] + np.array([-1, 0, 1, 2, 3, 4])
@@ -37,10 +38,11 @@ def test_matches_the_loops(form, x64, tolerance):
   score = np.where(rng.random(n_gen.shape) < 0.3, 0.0, rng.choice([0.25, 0.5, 1.0], n_gen.shape))
   finished = rng.random(n_gen.shape) < 0.7
   with jax.enable_x64(x64):
-    actual = compute(n_gen, score, BUDGETS, cfg=make_cfg(form, unfinished_reward=-1.0), finished_BGJ=finished)
+    actual = compute(
+        n_gen, score, BUDGETS, cfg=make_cfg(form, unfinished_reward=-1.0, curve=curve), finished_BGJ=finished)
     assert actual.dtype == (jnp.float64 if x64 else jnp.float32)
   expected = oracle.reward(n_gen, score, BUDGETS, form=form, alpha=0.02, beta=2.5, L_max=L_MAX,
-                           unfinished_reward=-1.0, finished=finished)
+                           unfinished_reward=-1.0, finished=finished, curve=curve)
   np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
@@ -91,10 +93,26 @@ def test_unfinished_reward_is_for_wrong_answers_only():
   np.testing.assert_array_equal(reward.compute(n_gen, correct, [8], cfg=cfg)[0, 0], [1, 0, 0, 0])
 
 
-def test_baseline_is_f2():
-  np.testing.assert_allclose(
-      reward.baseline(BUDGETS, cfg=make_cfg()), oracle.baseline(BUDGETS, beta=2.5, L_max=L_MAX), rtol=1e-6)
-  np.testing.assert_array_equal(reward.baseline(BUDGETS, cfg=make_cfg()), at_lengths([1])[:, 0])
+@pytest.mark.parametrize("curve", ["cosine", "log"])
+def test_baseline_is_f2(curve):
+  baseline = reward.baseline(BUDGETS, cfg=make_cfg(curve=curve))
+  np.testing.assert_allclose(baseline, oracle.baseline(BUDGETS, beta=2.5, L_max=L_MAX, curve=curve), rtol=1e-6)
+  one = np.ones((1, len(BUDGETS), 1), int)
+  np.testing.assert_array_equal(baseline, reward.compute(one, one, BUDGETS, cfg=make_cfg(curve=curve))[0, :, 0])
+
+
+def test_on_the_log_curve_a_doubled_length_costs_the_same_everywhere():
+  """1 + n = 2, 4, .. 64, and L_max 63: of 6 doublings, each costs a sixth of beta."""
+  cfg = make_cfg("cosine", curve="log", max_response_tokens=63)
+  n_gen = np.array([[[0, 1, 3, 7, 15, 31, 63]]])
+  told = compute(n_gen, np.ones(n_gen.shape), [8], cfg=cfg)
+  np.testing.assert_allclose(told[0, 0], 2.5 * np.arange(6, -1, -1) / 6, atol=1e-6)
+
+
+def test_length_pays_for_unused_budget_too():
+  """16 tokens under budgets of 8, 16 and 32: f1 on both sides, by hand."""
+  told = at_lengths([16], "length", np.array([8, 16, 32]))[:, 0]
+  np.testing.assert_allclose(told, 2.5 * np.cos(np.pi / 8) - 0.02 * np.array([8, 0, 16]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("form", reward.FORMS)

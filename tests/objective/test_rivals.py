@@ -45,7 +45,8 @@ def close(actual, expected):
 
 def test_the_table_and_the_functions_name_the_same_forms():
   assert set(forms.FORMS) == set(rivals.REWARDS) | set(forms.OWN)
-  assert forms.OWN == ("piecewise", "min", "classic", "cosine") and forms.WITH_BASELINE == ("piecewise", "min")
+  assert forms.OWN == ("piecewise", "min", "length", "classic", "cosine")
+  assert forms.WITH_BASELINE == ("piecewise", "min", "length")
   assert set(validation.CHOICES["reward.form"]) == set(forms.FORMS)
   assert validation.CHOICES["advantage.form"] == advantage.FORMS
   for field, choices in (("form", advantage.INTRA_FORMS), ("baseline", advantage.INTRA_BASELINES),

@@ -8,6 +8,7 @@ import pytest
 
 from hbpo_jax import config, flags
 from hbpo_jax.objective import forms, memory, reward, rivals, step
+from tests import oracle
 
 compute = jax.jit(step.compute, static_argnames="cfg")
 N_GEN = np.random.default_rng(0).integers(1, 65, (4, 2, 3))
@@ -79,7 +80,7 @@ OPTIONS = {
     "advantage.center_intra": (False, True), "advantage.intra_coef": (0.5,), "advantage.intra_scale": ("none", "std"),
     "advantage.intra_clip": (None, 0.7), "advantage.intra_gate": ("none", "solved", "rate"),
     "advantage.intra_baseline": ("budget", "correct_length"), "reward.floor": (None, 0.2),
-    "reward.bonus": (0.0, 2.0)}
+    "reward.bonus": (0.0, 2.0), "reward.curve": ("cosine", "log")}
 
 
 def test_the_options_of_intra_compose_as_the_equations_say():
@@ -93,7 +94,8 @@ def test_the_options_of_intra_compose_as_the_equations_say():
       expected = baseline_G
       if cfg.advantage.intra_baseline == "correct_length":
         solved = N_GEN[b][SCORE[b] > 0]
-        expected = [cfg.reward.bonus + 4 * np.cos(np.pi / 2 * solved.mean() / 64) if len(solved) else 0.0] * 2
+        expected = [
+            cfg.reward.bonus + 4 * oracle.fall(solved.mean(), 64, cfg.reward.curve) if len(solved) else 0.0] * 2
       intra = rewards.mean(axis=1) - expected
       if cfg.advantage.center_intra:
         intra = intra - intra.mean()

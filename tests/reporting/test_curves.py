@@ -12,7 +12,6 @@ from hbpo_jax.reporting import curve_findings, curves
 from tests import oracle
 
 PAPER = config.from_config_dict(config.new("paper"))
-HBPO = config.from_config_dict(config.new("hbpo"))
 RELEASED = config.from_config_dict(config.new("released"))
 
 
@@ -24,6 +23,9 @@ def changed(cfg, **sections):
 
 SMALL = changed(
     PAPER, reward={"max_response_tokens": 64}, rollout={"budgets": (8, 16, 40), "rollouts_per_query": 6})
+
+
+CENTRED = changed(PAPER, advantage={"center_intra": True})
 
 
 def kinds(cfg, lengths=None):
@@ -64,7 +66,7 @@ def test_the_papers_warnings_carry_the_numbers_and_a_remedy_that_helps():
   assert curves.check(flatter).shape.budgets[0].below_wrong_from > 3602
   assert "3.92 / 3.70 / 2.83 / 2.22" in down and "advantage.center_intra=true" in down
   assert "even the right ones are pushed down, by 0.59 to 0.74" in down
-  assert "only_down" not in kinds(HBPO)
+  assert "only_down" not in kinds(CENTRED)
   assert "up to 512" not in text(PAPER, "flat") and "From 1 to 512 tokens" in text(PAPER, "flat")
 
 
@@ -81,21 +83,21 @@ def test_the_releases_settings():
 
 
 def test_centring_takes_the_common_push_away():
-  shape = curves.check(HBPO).shape
+  shape = curves.check(CENTRED).shape
   f2 = np.array([4 * math.cos(math.pi * b / 8192) for b in (512, 1024, 2048, 2560)])
   assert shape.groups[0].total == pytest.approx(list(f2.mean() - f2), abs=1e-5)
   assert all(b.intra_low < 0 < b.intra_high for b in shape.budgets)
-  one = changed(HBPO, rollout={"budgets": (1536,)})
-  assert "centred_away" in kinds(one) and "centred_away" not in kinds(HBPO)
+  one = changed(CENTRED, rollout={"budgets": (1536,)})
+  assert "centred_away" in kinds(one) and "centred_away" not in kinds(CENTRED)
   assert "centred_away" not in kinds(changed(one, advantage={"center_intra": False}))
 
 
-@pytest.mark.parametrize("form", ["piecewise", "min", "cosine", "classic"])
+@pytest.mark.parametrize("form", ["piecewise", "min", "length", "cosine", "classic"])
 @pytest.mark.parametrize("unfinished", [0.0, -0.3, 0.5])
 def test_against_loops(form, unfinished):
   """Every number of a budget, from the oracle's rewards, length by length."""
   L, budgets, caps = 64, (8, 16, 40), (20, 64, 50)
-  has_baseline = form in ("piecewise", "min")
+  has_baseline = form in ("piecewise", "min", "length")
   cfg = changed(
       SMALL, reward={"form": form, "alpha": 0.03, "beta": 1.7, "unfinished_reward": unfinished},
       rollout={"caps": caps}, advantage={"intra_coef": 0.7 if has_baseline else 0.0})
@@ -318,6 +320,6 @@ def test_no_warning_of_equal_budgets_where_subgroups_differ_in_their_opening():
 
 
 def test_no_warning_of_a_sentence_where_there_is_none():
-  cfg = changed(HBPO, rollout={"budgets": (512,), "caps": (512,)})
+  cfg = changed(CENTRED, rollout={"budgets": (512,), "caps": (512,)})
   assert "sentence_in_cap" in kinds(cfg) and "sentence_in_cap" not in kinds(
       changed(cfg, prompt={"budget_sentence": ""}))

@@ -311,8 +311,8 @@ def test_a_run_of_a_method_without_a_reward_curve_says_so(tmp_path):
 def test_a_run_from_before_the_younger_settings_still_has_its_reward_curves(tmp_path):
   runs_fixture.make_training_run(tmp_path / "run")
   info = json.loads((tmp_path / "run" / "run.json").read_text())
-  for name in ("reward.floor", "reward.bonus", "reward.limits", "advantage.form", "advantage.intra_gate",
-               "prompt.openings"):
+  for name in ("reward.floor", "reward.bonus", "reward.curve", "reward.limits", "advantage.form",
+               "advantage.intra_gate", "prompt.openings"):
     section, field = name.split(".")
     del info["config"][section][field]
   (tmp_path / "run" / "run.json").write_text(json.dumps(info))
