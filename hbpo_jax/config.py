@@ -150,8 +150,8 @@ class RewardConfig:
       None, "Weight of the length penalty; None means 1 / max_response_tokens, or that of another method's paper.")
   beta: float = setting(4.0, "Scale of the curve.")
   curve: str = setting(
-      "cosine", "How the reward falls from beta to 0 at L_max: cosine (paper), or log, where a doubled length costs the "
-      "same for short and for long responses (piecewise, min, length, cosine).")
+      "cosine", "How the reward falls from beta to 0 at L_max: cosine (paper), or log, where a doubled length costs "
+      "the same for short and for long responses (piecewise, min, length, cosine).")
   max_response_tokens: int = setting(4096, "L_max: a longer response earns nothing.")
   unfinished_reward: float = setting(0.0, "Reward without '</think>' or box; the release uses -1.")
   floor: float | None = setting(None, "Least reward of a correct response up to L_max; None means none.")
@@ -435,9 +435,9 @@ PROFILES: dict[str, dict[str, Any]] = {
         "advantage.intra_coef": 2.0,
         "loss.dual_clip": 3.0,
     },
-    # Chosen by a study (docs/miniature.md). A_intra, which is never positive, drags every token of a failing group down:
-    # it is left out. Being right outweighs being short, a token costs least where a problem needs most, and unused
-    # budget costs too. Sentences, which nobody sampled, are pushed up more than down.
+    # Chosen by a study (docs/miniature.md). A_intra is left out: never positive, it drags every token of a failing
+    # group down. Being right outweighs being short, a token costs least where a problem needs most, and unused budget
+    # costs, too. Sentences, which nobody sampled, are pushed up more than down.
     "hbpo": {
         "reward.form": "length",
         "reward.curve": "log",

@@ -10,6 +10,7 @@ import pathlib
 from typing import Any, NoReturn
 
 from absl import logging
+
 # Of a disk that is full, over quota, not writable, or failing: the reader's to mend.
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hbpo_jax.structs import Batch, forced_advantage, Prompts, Rollouts
+from hbpo_jax.structs import Batch, Prompts, Rollouts, forced_advantage
 
 _LONG = 512  # tokens
 

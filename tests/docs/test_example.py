@@ -83,7 +83,6 @@ def test_its_settings():
 def test_it_trains(run):
   rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [0, 1] and all(row["update/nonfinite"] == 0 for row in rows)
-  assert any(row["update/grad_norm"] > 0 for row in rows)
   samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
   assert all(s["problem"].startswith("Sort these words") and s["verdict"] in ("correct", "wrong") for s in samples)
   summary = json.loads((run / "summary.json").read_text())

@@ -14,7 +14,7 @@ def test_training_run(tmp_path):
       ("before", "base", None), ("step 30", "step", 30), ("after", "trained", None)]
   assert [e.name for e in run.main] == ["before", "after"]
   assert len(run.metrics) == runs_fixture.STEPS and run.samples[0]["budget"] == 512 and run.notes == ()
-  assert run.settings["rollout.budgets"] == [512, 1024, 2048, 2560] and run.settings["advantage.center_intra"] is True
+  assert run.settings["rollout.budgets"] == [512, 1024, 2048, 2560] and run.settings["reward.curve"] == "log"
   assert run.main[0].results["benchmarks"]["eval"]["modes"]["natural"]["n"] == 40
 
 
