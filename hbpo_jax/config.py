@@ -100,14 +100,15 @@ class PromptConfig:
       "action",
       "'action': the budget sentence belongs to the response and gets loss; 'context': it belongs to the prompt.")
   prefix_weight: float = setting(
-      1.0, "With prefix_role=action, factor on the policy loss of the forced tokens, 0 to 1.")
+      1.0, "With prefix_role=action, factor on the policy loss of the forced tokens, 0 to 1. If it or the next is not "
+      "1, their advantage is the mean of their budget's responses.")
   prefix_weight_negative: float | None = setting(
-      None, "The same where the advantage is negative; None means prefix_weight. With 0, forced tokens, which nobody "
+      None, "The same where that mean is negative; None means prefix_weight. With 0, forced tokens, which nobody "
       "sampled, are only ever made likelier.")
 
   @property
   def prefix_weights(self) -> tuple[float, float]:
-    """Factors on the advantage of forced tokens: where it is positive, where it is negative."""
+    """Factors of `structs.forced_advantage`: where it is positive, where it is negative."""
     negative = self.prefix_weight_negative
     return self.prefix_weight, self.prefix_weight if negative is None else negative
 
