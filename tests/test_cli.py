@@ -119,7 +119,7 @@ def test_helpfull_shows_every_setting_by_section_with_its_type_and_choices(capsy
   assert re.findall(r"^  --config\.([a-z][\w.]*)=", out, flags=re.MULTILINE) == [
       name for _, names in usage.sections().values() for name in names]
   assert ("\n\nreward: The reward of a response (Section 3.2).\n\n"
-          "  --config.reward.form=piecewise  (piecewise | min | classic | cosine |") in out
+          "  --config.reward.form=piecewise  (piecewise | min | length | classic |") in out
   for text in ("--config.log.live=true  (true or false)", "--config.loss.dual_clip=none  (a number or none)",
                "--config.rollout.caps=()  (integers such as 512,1024)", "--config.seed=0  (an integer)"):
     assert f"\n  {text}\n" in out

@@ -97,8 +97,12 @@ def test_a_fault_costs_one_update_and_its_dump_replays_bit_for_bit(inputs, tmp_p
   assert "--config=smoke has 3" in out, "the config of the command line is compared, not used"
 
 
+# A_intra is the mean of rewards minus f2, and their sum is no float32 any more.
+OVERFLOWS = {"reward__beta": 3e38, "reward__curve": "cosine", "advantage__intra_coef": 1.0}
+
+
 def test_a_reward_that_overflows_is_named(inputs, tmp_path):
-  run(inputs, tmp_path, steps=1, reward__beta=3e38)
+  run(inputs, tmp_path, steps=1, **OVERFLOWS)
   first, second = runs.rows(tmp_path / "incidents.jsonl")
   assert first["first"] in ("reward", "advantage") and second["dump"] is None, "one dump was asked for"
 
@@ -143,7 +147,7 @@ def test_the_limit_ends_a_run_with_one_sentence_and_the_state_saved(inputs, tmp_
   for pipeline in ("on_policy", "one_step_off"):
     workdir = tmp_path / pipeline
     overrides = runs.settings(
-        inputs, steps=5, checkpoint__save_every=0, learner__max_nonfinite=3, reward__beta=3e38, pipeline=pipeline,
+        inputs, steps=5, checkpoint__save_every=0, learner__max_nonfinite=3, pipeline=pipeline, **OVERFLOWS,
         loss__importance_cap=2.0, log__samples_every=1, log__n_samples=16, learner__max_dumps=0)
     # Two bad updates a step: the limit is reached in the second step, and then at once.
     for step in (1, 2):

@@ -10,7 +10,7 @@ from hbpo_jax import train
 from tests.system import runs
 
 PLAIN = {"prompt.budget_sentence": "", "rollout.budgets": (48,), "rollout.caps": (48,), "advantage.intra_coef": 0.0,
-         "log.samples_every": 1, "log.n_samples": 16}
+         "reward.bonus": 0.0, "reward.curve": "cosine", "log.samples_every": 1, "log.n_samples": 16}
 
 
 @pytest.fixture
