@@ -436,9 +436,9 @@ PROFILES: dict[str, dict[str, Any]] = {
         "advantage.intra_coef": 2.0,
         "loss.dual_clip": 3.0,
     },
-    # Chosen by a study (docs/miniature.md). A_intra is left out: never positive, it drags every token of a failing
-    # group down. Being right outweighs being short, a token costs least where a problem needs most, and unused budget
-    # costs, too. Sentences, which nobody sampled, are pushed up more than down.
+    # Chosen on the tuning seed of configs/miniature/study.py. A_intra is left out: never positive, it drags every token
+    # of a failing group down. Being right outweighs being short, a token costs least where a problem needs most, and
+    # unused budget costs, too. Sentences, which nobody sampled, are pushed up more than down.
     "hbpo": {
         "reward.form": "length",
         "reward.curve": "log",
