@@ -46,8 +46,10 @@ def _check_form(cfg: config.Config) -> None:
   if cfg.reward.form not in forms.OWN:
     require(cfg.reward.unfinished_reward == 0, cfg, "reward.unfinished_reward",
             f"is no part of {of_form}, to which an unfinished answer is a wrong one", "set it to 0")
-    require(cfg.reward.bonus == 0, cfg, "reward.bonus", f"is no part of {of_form}", "set it to 0")
-    require(cfg.reward.curve == "cosine", cfg, "reward.curve", f"is no part of {of_form}", "set it to cosine")
+    require(cfg.reward.bonus == 0, cfg, "reward.bonus", f"is no part of {of_form}",
+            "set it to 0, or start from profile=paper")
+    require(cfg.reward.curve == "cosine", cfg, "reward.curve", f"is no part of {of_form}",
+            "set it to cosine, or start from profile=paper")
   if form.reads_mode:
     closes = ["</think>" in cfg.prompt.opening(g, b) for g, b in enumerate(cfg.rollout.budgets)]
     require(cfg.reward.form != "adaptthink" or (any(closes) and not all(closes)), cfg, "prompt.openings",
