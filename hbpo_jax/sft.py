@@ -76,7 +76,7 @@ def with_model(cfg: Config, root: pathlib.Path) -> Config:
 
 
 # Settings that decide the weights of a warm start, by dotted prefix.
-_DECISIVE = (
+DECISIVE = (
     "seed", "sft.", "model.compute_dtype", "model.param_dtype", "data.source", "data.limit", "data.max_prompt_tokens",
     "data.synthetic.", "prompt.", "rollout.budgets", "reward.max_response_tokens", "optimizer.")
 
@@ -89,7 +89,7 @@ def _is_complete(folder: pathlib.Path, cfg: Config) -> bool:
     return True  # Somebody's own model, put there.
   saved, wanted = config_lib.flatten(run_info.read_config(folder)), supervised_config(cfg)
   for name in config_lib.field_table():
-    if not name.startswith(_DECISIVE) or name not in saved:
+    if not name.startswith(DECISIVE) or name not in saved:
       continue
     here, there = config_lib.get(wanted, name), saved[name]
     if here != (tuple(there) if isinstance(there, list) else there):

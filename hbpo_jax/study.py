@@ -13,12 +13,14 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Sequence
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
 
+from hbpo_jax.files import atomic_write_text
 from hbpo_jax.studies import cell as cell_lib
 from hbpo_jax.studies import plan
 from hbpo_jax.studies.plan import Cell, Study
@@ -121,6 +123,8 @@ def main(argv: Sequence[str]) -> None:
     return
   for c in cells:  # Every setting is refused here, before any time is spent.
     plan.settings(study, c, root, c.rate)
+    cell_lib.check(study, c, root)
+  atomic_write_text(root / plan.DESCRIPTION, json.dumps(plan.describe(study), indent=1) + "\n")
   if failed := run(study, cells, root, arguments):
     print(f"error: {len(failed)} cells are missing: {', '.join(failed)}; mend what their logs say and run this again.",
           file=sys.stderr)

@@ -3,7 +3,7 @@
   python -m hbpo_jax.studies.cell STUDY CELL DIR [--quick]
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from hbpo_jax import evaluate, preemption, run_info, sft, train
+from hbpo_jax import config, evaluate, preemption, run_info, sft, train
 from hbpo_jax.config import Config
 from hbpo_jax.data.modes import MODES
 from hbpo_jax.evaluation import patterns, store
@@ -57,8 +57,8 @@ def run(study: Study, cell: Cell, root: pathlib.Path) -> dict[str, Any]:
   A cell that was killed starts its evaluation or training where it stopped.
   """
   started = time.perf_counter()
-  rate = choose_rate(study, cell, root) if cell.kind == "method" and study.rates else cell.rate
-  cfg = plan.settings(study, cell, root, rate)
+  cfg = settings(study, cell, root)
+  asked = as_asked(study, cell, cfg)
   folder, model = root / "runs" / cell.name, plan.model_of(root, cell.name)
   if cell.kind == "warm_start":
     if not (model / "config.json").is_file():
@@ -67,7 +67,7 @@ def run(study: Study, cell: Cell, root: pathlib.Path) -> dict[str, Any]:
   else:
     _finish(train.main, cfg, folder)
     training = _dynamics(folder)
-  n = study.n_tune if cell.kind == "tune" else study.n_eval
+  n = _n_problems(study, cell)
   modes = {"warm_start": study.forced + study.modes, "method": study.modes}.get(cell.kind, ())
   # Every method is measured with the same prompt and the same budgets, whatever it trained with.
   base = plan.settings(study, dataclasses.replace(cell, kind="warm_start"), root)
@@ -81,8 +81,7 @@ def run(study: Study, cell: Cell, root: pathlib.Path) -> dict[str, Any]:
   return {
       "format": FORMAT, "cell": cell.name, "kind": cell.kind, "method": cell.method, "seed": cell.seed,
       "learning_rate": cfg.optimizer.learning_rate, "steps": cfg.steps,
-      "overrides": dict(_overrides(study, cell)),
-      "modes": measured, "training": training,
+      "settings": asked, "modes": measured, "training": training,
       "cpu_s": sum(u.ru_utime + u.ru_stime for u in usage), "wall_s": time.perf_counter() - started,
       "git": run_info.git_state(pathlib.Path(__file__).resolve().parent)}
 
@@ -94,20 +93,67 @@ def _finish(command: Callable[[Config, str], None], cfg: Config, folder: pathlib
     sys.exit(f"stopped; running the cell again goes on from {folder}.")
 
 
+def settings(study: Study, cell: Cell, root: pathlib.Path) -> Config:
+  """What a cell trains with, its learning rate chosen.
+
+  Raises:
+    FileNotFoundError: when a learning rate has not been tried yet.
+  """
+  rate = choose_rate(study, cell, root) if cell.kind == "method" and study.rates else cell.rate
+  return plan.settings(study, cell, root, rate)
+
+
+def as_asked(study: Study, cell: Cell, cfg: Config) -> dict[str, Any]:
+  """What decides a cell's numbers: its settings other than the defaults, by dotted name, and `n_eval`; JSON values."""
+  decides = (*sft.DECISIVE, "eval.") if cell.kind == "warm_start" else ""
+  return json_value({"n_eval": _n_problems(study, cell)} | {
+      name: value for name, value, _ in config.differences(cfg, Config())
+      if name.startswith(decides) and name != "model.path"})
+
+
+def check(study: Study, cell: Cell, root: pathlib.Path) -> None:
+  """Refuses a finished cell that the study would not make so any more.
+
+  Raises:
+    ValueError: names the file, what differs with both values, and the remedy.
+  """
+  if not path_of(root, cell.name).is_file():
+    return
+  made = read(root, cell.name).get("settings", {})
+  try:
+    cfg = settings(study, cell, root)
+  except FileNotFoundError:
+    return  # Its learning rate is not known before those that are left have been tried.
+  wanted = as_asked(study, cell, cfg)
+  if made == wanted:
+    return
+  of = lambda found, name: repr(found[name]) if name in found else "the default"
+  differs = [f"{n} was {of(made, n)}, now {of(wanted, n)}" for n in sorted(made.keys() | wanted.keys())
+             if n not in made or n not in wanted or made[n] != wanted[n]]
+  raise ValueError(
+      f"{path_of(root, cell.name)} was made otherwise ({', '.join(differs)}); delete it and {root / 'runs' / cell.name}"
+      " to have it made again, or give another --workdir.")
+
+
+def _n_problems(study: Study, cell: Cell) -> int:
+  return study.n_tune if cell.kind == "tune" else study.n_eval
+
+
 def choose_rate(study: Study, cell: Cell, root: pathlib.Path) -> float:
-  """Of the learning rates tried, that with the fewest tokens among those within a point of the best accuracy.
+  """The `best_rate` of those tried for a cell.
 
   Raises:
     FileNotFoundError: when one has not been tried.
   """
-  tried = [read(root, name) for name in cell.after if name.startswith("tune/")]
+  return best_rate([read(root, name) for name in cell.after if name.startswith("tune/")])
+
+
+def best_rate(tried: Sequence[Mapping[str, Any]]) -> float:
+  """Of cells that tried a learning rate, the rate of that with the fewest tokens among those within TUNE_MARGIN of the
+  best accuracy."""
   best = max(t["modes"]["natural"]["accuracy"] for t in tried)
   near = [t for t in tried if t["modes"]["natural"]["accuracy"] >= best - TUNE_MARGIN]
   return min(near, key=lambda t: t["modes"]["natural"]["tokens"])["learning_rate"]
-
-
-def _overrides(study: Study, cell: Cell) -> Mapping[str, Any]:
-  return next((m.overrides for m in study.methods if m.name == cell.method), {})
 
 
 def _evaluate(
@@ -177,7 +223,12 @@ def _counts(values: np.ndarray) -> dict[str, int]:
 def _dynamics(folder: pathlib.Path) -> dict[str, list[float | None]]:
   rows = read_rows(folder / "metrics.jsonl")
   names = [n for n in rows[0] if n.rpartition("/")[2] in DYNAMICS and not n.startswith("eval/")] if rows else []
-  return {name: [row.get(name) for row in rows] for name in ["step", *names]}
+  return {name: [_short(row.get(name)) for row in rows] for name in ["step", *names]}
+
+
+def _short(value: float | None) -> float | None:
+  """To five digits, which is what a figure shows: a study has more than a hundred cells."""
+  return value if value is None else float(f"{value:.5g}")
 
 
 def main() -> None:
@@ -187,7 +238,7 @@ def main() -> None:
   if "--quick" in sys.argv[4:]:
     study = plan.quick(study)
   cell = next(c for c in plan.cells(study) if c.name == name)
-  atomic_write_text(path_of(root, name), json.dumps(json_value(run(study, cell, root)), indent=1) + "\n")
+  atomic_write_text(path_of(root, name), json.dumps(json_value(run(study, cell, root))) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from hbpo_jax.studies import plan
+
 Cells = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by method, then seed: the JSON of a cell
 Measure = Callable[[Mapping[str, Any]], float | None]
 WARM_START = "warm_start"
+FORCED = "say:"
 CONFIDENCE = 0.95
 
 
@@ -46,8 +49,23 @@ def estimate(values: Sequence[float | None]) -> Estimate:
   return Estimate(mean, mean - half, mean + half, len(x))
 
 
-def read_cells(root: pathlib.Path) -> tuple[Cells, list[dict[str, Any]]]:
-  """(cells by method and seed, those that tried a learning rate) of a study's directory.
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What a study's directory holds.
+
+  cells: of the comparison, by method, in the order of the study.
+  tuning: the cells that tried a learning rate.
+  warm_starts: by seed, those that no method was trained from among them.
+  about: of `plan.describe`; {} where the directory has none.
+  """
+  cells: Cells
+  tuning: Sequence[Mapping[str, Any]]
+  warm_starts: Mapping[int, Mapping[str, Any]]
+  about: Mapping[str, Any]
+
+
+def read(root: pathlib.Path) -> Outcome:
+  """The cells of a study's directory and its description.
 
   Raises:
     FileNotFoundError: when there is no cell.
@@ -56,22 +74,33 @@ def read_cells(root: pathlib.Path) -> tuple[Cells, list[dict[str, Any]]]:
   by_method: dict[str, dict[int, dict[str, Any]]] = {}
   tuning = []
   for path in sorted((root / "cells").rglob("*.json")):
-    try:
-      content = json.loads(path.read_text())
-      kind, method, seed = content["kind"], content["method"], content["seed"]
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{path} is damaged ({error!r}); delete it and run the study again.") from error
-    if kind == "tune":
+    content = _parsed(path, ("kind", "method", "seed"))
+    if content["kind"] == "tune":
       tuning.append(content)
     else:
-      by_method.setdefault(method, {})[seed] = content
+      by_method.setdefault(content["method"], {})[content["seed"]] = content
   if not by_method:
     raise FileNotFoundError(f"{root / 'cells'} holds no cell; run python -m hbpo_jax.study first.")
-  # The warm start of the learning rates' choice is no seed of the comparison.
+  path = root / plan.DESCRIPTION
+  about = _parsed(path, ("methods", "notes")) if path.is_file() else {}
+  order = [WARM_START, *(m["name"] for m in about.get("methods", ()))]
+  by_method = {m: by_method[m] for m in sorted(by_method, key=lambda m: order.index(m) if m in order else len(order))}
+  warm_starts = by_method.get(WARM_START, {})
+  # Warm starts of the learning rates' choice, and those left out, are no seeds of the comparison.
   seeds = {s for method, cells in by_method.items() if method != WARM_START for s in cells}
   if seeds:
-    by_method[WARM_START] = {s: c for s, c in by_method.get(WARM_START, {}).items() if s in seeds}
-  return by_method, tuning
+    by_method[WARM_START] = {s: c for s, c in warm_starts.items() if s in seeds}
+  return Outcome(by_method, tuning, warm_starts, about)
+
+
+def _parsed(path: pathlib.Path, needs: Sequence[str]) -> dict[str, Any]:
+  try:
+    content = json.loads(path.read_text())
+    for key in needs:
+      content[key]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{path} is damaged ({error!r}); delete it and run the study again.") from error
+  return content
 
 
 def over_seeds(cells: Cells, method: str, measure: Measure) -> Estimate:
@@ -109,6 +138,29 @@ def levels_of(cells: Cells) -> list[int]:
   """The levels that were evaluated."""
   one = next(iter(next(iter(cells.values())).values()))
   return [part["level"] for part in one["modes"]["natural"]["by_level"]]
+
+
+def best_modes(cell: Mapping[str, Any], margin: float) -> dict[str, float]:
+  """What a warm start would reach if it chose its mode by the level alone, and stayed as good as it is in each.
+
+  Args:
+    cell: of a warm start that was measured in forced modes ("say:MODE").
+    margin: at each level the shortest mode is taken whose accuracy is at most this much under the best.
+  Returns:
+    accuracy, hard (accuracy of the hardest third), tokens; levels weigh alike.
+  """
+  forced = [m["by_level"] for name, m in cell["modes"].items() if name.startswith(FORCED)]
+  if not forced:
+    return {}
+  chosen = []
+  for at in zip(*forced, strict=True):
+    best = max(p["accuracy"] for p in at)
+    chosen.append(min((p for p in at if p["accuracy"] >= best - margin), key=lambda p: p["tokens"]))
+  hard = chosen[-math.ceil(len(chosen) / 3):]
+  return {
+      "accuracy": float(np.mean([p["accuracy"] for p in chosen])),
+      "hard": float(np.mean([p["accuracy"] for p in hard])),
+      "tokens": float(np.mean([p["tokens"] for p in chosen]))}
 
 
 def kept_spread(cell: Mapping[str, Any]) -> float | None:

@@ -11,8 +11,9 @@ import runpy
 from typing import Any
 
 from hbpo_jax import config, flags
+from hbpo_jax.files import json_value
 
-KINDS = ("warm_start", "tune", "method")
+DESCRIPTION = "study.json"  # in a study's working directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Study:
   config: file or name of the configuration that all cells start from.
   methods: in the order of the tables.
   seeds: each has a warm start of its own, which all methods share.  rival_seeds: of the rivals, some of `seeds`.
+  left_out: seeds whose warm start turned out too weak to compare from; it is measured and reported, no more.
+  notes: Markdown at the end of the write-up, for what no number says.
   tune_seed: of the warm start and the problems on which learning rates are chosen; none of `seeds`.
   rates: learning rates to choose from; a method without choice takes optimizer.learning_rate.
   n_eval: fresh problems of a method's evaluation in natural mode.  n_modes: problems in every other mode.  n_tune: of a
@@ -55,6 +58,8 @@ class Study:
   n_tune: int
   forced: tuple[str, ...]
   modes: tuple[str, ...]
+  left_out: tuple[int, ...] = ()
+  notes: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +109,8 @@ def check(study: Study) -> None:
       raise ValueError(f"methods: {m.name!r} is of group {m.group!r}; choose main, ablation or rival.")
   if study.tune_seed in study.seeds:
     raise ValueError(f"tune_seed={study.tune_seed} is also one of the seeds {study.seeds}; choose another.")
+  if both := sorted({study.tune_seed, *study.seeds} & set(study.left_out)):
+    raise ValueError(f"left_out={study.left_out} holds seed {both[0]}, which the study uses; remove it from one.")
   if not set(study.rival_seeds) <= set(study.seeds):
     raise ValueError(f"rival_seeds={study.rival_seeds} are not all among seeds={study.seeds}.")
 
@@ -112,7 +119,16 @@ def quick(study: Study) -> Study:
   """The study's main methods alone, with one seed and no choice of learning rates."""
   return dataclasses.replace(
       study, methods=tuple(dataclasses.replace(m, rate_of="") for m in study.methods if m.group == "main"),
-      seeds=study.seeds[:1], rival_seeds=(), rates=(), n_eval=study.n_eval // 3, n_modes=study.n_modes // 3)
+      seeds=study.seeds[:1], left_out=(), rival_seeds=(), rates=(), n_eval=study.n_eval // 3,
+      n_modes=study.n_modes // 3)
+
+
+def describe(study: Study) -> dict[str, Any]:
+  """What the write-up of a study tells besides its cells, as JSON: config, methods (in order), tune_seed, left_out and
+  notes."""
+  return json_value({
+      "config": study.config, "methods": [dataclasses.asdict(m) for m in study.methods], "tune_seed": study.tune_seed,
+      "left_out": study.left_out, "notes": study.notes})
 
 
 def cells(study: Study, only: Sequence[str] = ()) -> list[Cell]:
@@ -129,7 +145,7 @@ def cells(study: Study, only: Sequence[str] = ()) -> list[Cell]:
   methods = [m for m in study.methods if not only or m.name in only]
   chosen = list(dict.fromkeys(m.rate_of or m.name for m in methods)) if study.rates else []
   seeds = [study.tune_seed] * bool(chosen) + list(study.seeds)
-  found = [Cell(f"warm_start/seed_{seed}", "warm_start", "warm_start", seed) for seed in seeds]
+  found = [Cell(f"warm_start/seed_{seed}", "warm_start", "warm_start", seed) for seed in (*seeds, *study.left_out)]
   for name in chosen:
     found += [
         Cell(f"tune/{name}/{rate:g}", "tune", name, study.tune_seed, rate, (f"warm_start/seed_{study.tune_seed}",))

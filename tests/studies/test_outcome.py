@@ -63,6 +63,18 @@ def test_the_hardest_third_and_the_spread_that_is_left():
   assert outcome.kept_spread(one) == pytest.approx(0.25)
 
 
+def test_the_best_mode_of_each_level_by_hand():
+  at = lambda *pairs: {"by_level": [{"accuracy": a, "tokens": t} for a, t in pairs]}
+  warm = {"modes": {
+      "natural": at((0.0, 99.0), (0.0, 99.0), (0.0, 99.0)),
+      "say:short": at((0.99, 5.0), (0.90, 6.0), (0.50, 7.0)),
+      "say:long": at((1.0, 10.0), (0.95, 20.0), (0.9, 30.0))}}
+  assert outcome.best_modes(warm, 0.0) == pytest.approx({"accuracy": 2.85 / 3, "hard": 0.9, "tokens": 20.0})
+  assert outcome.best_modes(warm, 0.02) == pytest.approx({"accuracy": 2.84 / 3, "hard": 0.9, "tokens": 55 / 3})
+  assert outcome.best_modes(warm, 0.5) == pytest.approx({"accuracy": 2.39 / 3, "hard": 0.5, "tokens": 6.0})
+  assert outcome.best_modes({"modes": {"natural": at((1.0, 1.0))}}, 0.0) == {}
+
+
 def verdicts(cells):
   return {c.claim: c.verdict for c in outcome.claims(cells)}
 
@@ -93,6 +105,8 @@ def test_the_write_up_is_made_from_the_cells(tmp_path):
   tuned.write_text(json.dumps(cell("hbpo", 100, 0.5, 33.0, kind="tune")))
   extra = tmp_path / "cells" / "warm_start" / "seed_100.json"  # of the learning rates' choice
   extra.write_text(json.dumps(cell("warm_start", 100, 0.1, 99.0, kind="warm_start")))
+  weak = tmp_path / "cells" / "warm_start" / "seed_7.json"  # that no method was trained from
+  weak.write_text(json.dumps(cell("warm_start", 7, 0.2, 98.0, kind="warm_start")))
   written = writeup.write(tmp_path, "mini", tmp_path / "out")
   assert [p.name for p in written] == [
       "mini.json", "mini_pareto.png", "mini_difficulty.png", "mini_dynamics.png", "mini.md"]
@@ -103,9 +117,20 @@ def test_the_write_up_is_made_from_the_cells(tmp_path):
   assert methods["hbpo"]["accuracy_hardest_third"]["mean"] == pytest.approx(0.8133, abs=1e-4)
   assert [part["level"] for part in methods["hbpo"]["tokens_by_level"]] == list(LEVELS)
   text = written[-1].read_text()
-  assert "| hbpo | 91.3 (88.5 to 94.2) |" in text and "| hbpo | 0.0001 | 50.0 | 33.0 |" in text
+  assert "| hbpo | 91.3 (88.5 to 94.2) |" in text and "| hbpo | 0.0001 | 50.0 | 33.0 | yes |" in text
+  assert "| hbpo | 90.0 / 80.0 / 19.0 | 92.0 / 82.0 / 20.0 | 92.0 / 82.0 / 19.0 |" in text
+  assert "| 2 | comparison | 81.0 % / 62.0 |" in text and "| 7 | left out | 20.0 % / 98.0 |" in text
+  assert "| 100 | learning rates | 10.0 % / 99.0 |" in text
+  assert list(methods) == sorted(CELLS, key=lambda m: (m != "warm_start", m))  # No study.json gives another order.
+  about = {"methods": [{"name": "paper", "title": "HBPO, paper", "overrides": {"profile": "paper"}},
+                       {"name": "hbpo", "title": "ours", "overrides": {}}], "notes": "## Next\n\nA pod.\n"}
+  (tmp_path / "study.json").write_text(json.dumps(about))
+  found = outcome.read(tmp_path)
+  assert list(found.cells) == ["warm_start", "paper", "hbpo", "classic", "cosine"]
+  text = writeup.to_markdown(found, "mini")
+  assert '| paper | HBPO, paper | profile="paper" |' in text and text.endswith("## Next\n\nA pod.\n")
   (tmp_path / "cells" / "hbpo" / "seed_0.json").write_text("{")
   with pytest.raises(ValueError, match=r"seed_0\.json is damaged"):
     writeup.write(tmp_path, "mini", tmp_path / "out")
   with pytest.raises(FileNotFoundError, match="holds no cell"):
-    outcome.read_cells(tmp_path / "nowhere")
+    outcome.read(tmp_path / "nowhere")

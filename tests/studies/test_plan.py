@@ -1,6 +1,7 @@
 """Studies: their cells, settings and refusals."""
 
 import dataclasses
+import json
 import pathlib
 
 import pytest
@@ -38,6 +39,11 @@ def test_cells_come_after_what_they_need_and_only_where_they_should():
     plan.cells(STUDY, ["z"])
 
 
+def test_a_warm_start_that_is_left_out_is_made_all_the_same():
+  extra = {c.name for c in plan.cells(dataclasses.replace(STUDY, left_out=(5,)))} - {c.name for c in plan.cells(STUDY)}
+  assert extra == {"warm_start/seed_5"}
+
+
 def test_settings_of_a_cell():
   cells = {c.name: c for c in plan.cells(STUDY)}
   root = pathlib.Path("out")
@@ -62,8 +68,36 @@ def test_a_warm_start_whose_model_is_gone_is_made_again_for_who_needs_it(tmp_pat
   assert names() == []
 
 
+def test_a_cell_that_was_made_otherwise_is_refused(tmp_path):
+  cells = {c.name: c for c in plan.cells(STUDY)}
+
+  def store(name, study=STUDY, **content):
+    made = cell_lib.as_asked(study, cells[name], plan.settings(study, cells[name], tmp_path, cells[name].rate))
+    atomic_write_text(cell_lib.path_of(tmp_path, name), json.dumps({"settings": made} | content))
+
+  def check(name, study=STUDY):
+    cell_lib.check(study, cells[name], tmp_path)
+
+  for rate, accuracy in ((1e-4, 0.5), (3e-4, 0.9)):
+    store(f"tune/a/{rate:g}", learning_rate=rate, modes={"natural": {"accuracy": accuracy, "tokens": 9.0}})
+  store("warm_start/seed_0")
+  for name in ("tune/a/0.0001", "tune/a/0.0003", "warm_start/seed_0", "a/seed_0"):  # The last does not exist.
+    check(name)
+  # Made before 3e-4 was tried and chosen.
+  atomic_write_text(cell_lib.path_of(tmp_path, "a/seed_0"), json.dumps({"settings": cell_lib.as_asked(
+      STUDY, cells["a/seed_0"], plan.settings(STUDY, cells["a/seed_0"], tmp_path, 1e-4))}))
+  with pytest.raises(ValueError, match=r"a/seed_0.json was made otherwise \(optimizer.learning_rate was 0.0001, now "
+                     r"0.0003\); delete it"):
+    check("a/seed_0")
+  with pytest.raises(ValueError, match=r"n_eval was 600, now 200"):
+    check("warm_start/seed_0", plan.quick(STUDY))
+  # A warm start does not depend on what is learnt from it.
+  check("warm_start/seed_0", dataclasses.replace(STUDY, methods=STUDY.methods[:1]))
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(tune_seed=1), "tune_seed=1 is also one of the seeds"),
+    (dict(left_out=(7, 1)), r"left_out=\(7, 1\) holds seed 1, which the study uses"),
     (dict(rival_seeds=(4,)), r"rival_seeds=\(4,\) are not all among"),
     (dict(methods=STUDY.methods + STUDY.methods[:1]), "'a' occurs twice"),
     (dict(methods=(Method("a", "A", {"reward.frm": 1}),)), "'a' sets 'reward.frm', which is no setting"),

@@ -62,7 +62,7 @@ def test_a_study_runs_in_sittings_and_is_written_up(tmp_path):
   assert "| hbpo |" in page and "| warm_start |" in page
   methods = json.loads((tmp_path / "out/miniature.json").read_text())["methods"]
   assert [m["method"] for m in methods] == ["warm_start", "hbpo"]
-  cells, _ = outcome.read_cells(tmp_path / "w")
+  cells = outcome.read(tmp_path / "w").cells
   assert methods[1]["tokens"]["mean"] == pytest.approx(
       sum(c["modes"]["natural"]["tokens"] for c in cells["hbpo"].values()) / 2)
 
