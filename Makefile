@@ -4,11 +4,12 @@
 #   TORCH=torch          requirement for PyTorch, which only the tests use, as a reference
 #   TORCH_INDEX=URL      index to take it from; without one, Linux gets a build with CUDA, of several GB:
 #                        make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   WORKERS=2            processes that run the tests (default: the machine's cores, at most 4)
 #   UV=uv                uv (https://docs.astral.sh/uv), which only the lock needs
 
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-WORKERS ?= 2
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 RUNS ?= runs
 
 new_enough = import sys; sys.exit(sys.version_info < (3, 11))
@@ -59,10 +60,10 @@ miniature: $(VENV)/.runtime  ## The study of the claims (ARGS=--quick: half an h
 	JAX_PLATFORMS=cpu $(BIN)/hbpo report $(RUNS)/miniature --out=$(RUNS)/miniature/report
 
 test: $(VENV)/.test  ## The tests, without the slow ones.
-	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: $(VENV)/.test  ## All tests.
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "slow or not slow" $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and pyright.
 	$(BIN)/ruff check .

@@ -149,6 +149,8 @@ class RewardConfig:
       "l1_max, efficient, alp, grpo_lambda, adlp, hmpo, thinkprune, adaptthink, autothink (objective.rivals).")
   alpha: float | None = setting(
       None, "Weight of the length penalty; None means 1 / max_response_tokens, or that of another method's paper.")
+  distance_weight: float = setting(
+      1.0, "Multiplies alpha: how much the distance to the budget counts beside the curve (piecewise, min, length).")
   beta: float = setting(4.0, "Scale of the curve.")
   curve: str = setting(
       "cosine", "How the reward falls from beta to 0 at L_max: cosine (paper), or log, where a doubled length costs "
@@ -438,11 +440,12 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
     # Chosen on the tuning seed of configs/miniature/study.py. A_intra is left out: never positive, it drags every token
     # of a failing group down. Being right outweighs being short, a token costs least where a problem needs most, and
-    # unused budget costs, too. Sentences, which nobody sampled, are pushed up more than down.
+    # overrunning a budget costs much, so that short ways stay in use until they are good. Sentences, which nobody
+    # sampled, are pushed up more than down.
     "hbpo": {
-        "reward.form": "length",
         "reward.curve": "log",
         "reward.beta": 2.0,
+        "reward.distance_weight": 4.0,
         "reward.bonus": 2.0,
         "advantage.intra_coef": 0.0,
         "advantage.std_eps": 2.0,

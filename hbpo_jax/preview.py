@@ -209,11 +209,13 @@ def _markdown(cfg: Config, findings: Findings) -> str:
     return f"# Preview of rewards and advantages\n\nForm `{findings.form}`: {findings.nothing}\n"
   default = FORMS[findings.form].alpha
   alpha = ("1 / L_max" if default is None else f"{default:g}") if cfg.reward.alpha is None else f"{cfg.reward.alpha:g}"
+  weighed = f" x {cfg.reward.distance_weight:g}" if cfg.reward.distance_weight != 1 else ""
   parts = [
       "# Preview of rewards and advantages\n",
-      f"Form `{findings.form}`, alpha {alpha}, beta {cfg.reward.beta:g}, L_max {findings.max_response_tokens:,}; "
-      f"intra_coef {findings.intra_coef:g}, center_intra {'true' if findings.center_intra else 'false'}; "
-      f"{cfg.rollouts_per_budget} responses per budget.\n", "## Warnings\n"]
+      f"Form `{findings.form}`, alpha {alpha}{weighed}, beta {cfg.reward.beta:g}, "
+      f"L_max {findings.max_response_tokens:,}; intra_coef {findings.intra_coef:g}, "
+      f"center_intra {'true' if findings.center_intra else 'false'}; {cfg.rollouts_per_budget} responses per budget.\n",
+      "## Warnings\n"]
   parts += [f"- **{w.kind}**: {w.text}" for w in findings.warnings] or ["None."]
   parts += [
       "\n## Rewards\n", "![Reward of a correct answer against its length](reward_curves.png)\n",

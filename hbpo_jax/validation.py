@@ -71,6 +71,7 @@ _INTERVALS = {
     "rollout.temperature": _POSITIVE,
     "rollout.top_p": (0.0, False, 1.0, True),
     "reward.alpha": _NOT_NEGATIVE,
+    "reward.distance_weight": _NOT_NEGATIVE,
     "reward.beta": _POSITIVE,
     "prompt.prefix_weight": _FRACTION,
     "prompt.prefix_weight_negative": _FRACTION,

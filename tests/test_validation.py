@@ -103,7 +103,7 @@ REAL_CASES = [
     ("rollout.temperature", (0.0, -1.0, INF, NAN), (0.1,)), ("rollout.top_p", (0.0, 1.1, NAN), (0.1, 1.0)),
     ("reward.alpha", (-0.1, INF, NAN), (0.0, None)), ("reward.beta", (0.0, NAN), (1.0,)),
     ("reward.unfinished_reward", (INF, -INF, NAN), (-1.0,)), ("reward.floor", (INF, NAN), (-1.0, 0.1, None)),
-    ("reward.bonus", (-0.1, INF, NAN), (0.0, 8.0)),
+    ("reward.bonus", (-0.1, INF, NAN), (0.0, 8.0)), ("reward.distance_weight", (-0.1, INF, NAN), (0.0, 4.0)),
     ("prompt.prefix_weight", (-0.1, 1.1, NAN), (0.0, 0.5)),
     ("prompt.prefix_weight_negative", (-0.1, 1.1, NAN), (None, 0.0, 0.5)), ("reward.delta", (-0.1, NAN), (0.0, None)),
     ("reward.gate_share", (-0.1, 1.1, NAN), (0.0, 1.0)), ("reward.gate_accuracy", (-0.1, 1.1, NAN), (0.0, 1.0)),

@@ -1,6 +1,6 @@
 """Rewards of responses under token budgets, and the baseline that A_intra subtracts.
 
-    f1(n, b) = beta * g(n) - alpha * L_max * |u(n) - u(b)|
+    f1(n, b) = beta * g(n) - w * alpha * L_max * |u(n) - u(b)|        w = cfg.distance_weight
     f2(b)    = beta * g(b)
 
     curve    cosine                  log
@@ -59,7 +59,7 @@ def compute(
   Raises:
     ValueError: when cfg.form does not exist, or what it reads is missing.
   Source: Section 3.2, Eqs. 1-3; differs from the release: it uses `min` and unfinished_reward -1. `length`, curve=log,
-    bonus and floor are ours.
+    distance_weight, bonus and floor are ours.
   """
   _check_form(cfg)
   dtype = jnp.result_type(float)
@@ -158,7 +158,8 @@ def _share(n: jax.Array, cfg: RewardConfig) -> jax.Array:
 
 
 def _alpha(cfg: RewardConfig) -> float:
-  return 1.0 / cfg.max_response_tokens if cfg.alpha is None else cfg.alpha
+  """w * alpha."""
+  return cfg.distance_weight * (1.0 / cfg.max_response_tokens if cfg.alpha is None else cfg.alpha)
 
 
 def _check_form(cfg: RewardConfig) -> None:

@@ -111,7 +111,7 @@ def _below_wrong(cfg: Config, shape: Shape, source: str | None) -> Caution | Non
   if source and all(b.responses_below_wrong is not None for b in hit):
     text.append(f"Of the measured responses ({source}), {_all(hit, lambda b: _percent(b.responses_below_wrong))} are "
                 "that long.")
-  remedies = ["a smaller reward.alpha or a larger reward.max_response_tokens moves the point out"]
+  remedies = ["a smaller reward.alpha (or distance_weight) or a larger reward.max_response_tokens moves the point out"]
   if all(b.unfinished >= b.wrong - shape.tolerance for b in hit):
     caps = [min(b.cap, (b.below_wrong_from or b.cap + 1) - 1) for b in shape.budgets]
     remedies.insert(0, f"rollout.caps={','.join(map(str, caps))} ends responses before it")

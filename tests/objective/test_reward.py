@@ -46,6 +46,15 @@ def test_matches_the_loops(form, curve, x64, tolerance):
   np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
+def test_the_weight_of_the_distance_multiplies_alpha():
+  n_gen = np.array([[[10, 60], [10, 60]]])
+  of = lambda **changes: np.asarray(compute(
+      n_gen, np.ones(n_gen.shape), (20, 40), cfg=make_cfg("length", curve="log", **changes)))
+  np.testing.assert_allclose(of(alpha=0.005, distance_weight=4.0), of(alpha=0.02), rtol=1e-6)
+  np.testing.assert_allclose(of(alpha=None, distance_weight=4.0), of(alpha=4 / L_MAX), rtol=1e-6)
+  np.testing.assert_array_equal(of(alpha=0.02, distance_weight=0.0), of(alpha=0.0))
+
+
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(st.lists(st.integers(1, L_MAX), min_size=4, max_size=4, unique=True))
 def test_piecewise_is_flat_up_to_the_budget_and_falls_after(budgets):
