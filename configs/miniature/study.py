@@ -24,17 +24,17 @@ _PER_TOKEN = 4096 / _L_MAX
 _NOTES = """## What this does not say, and what to test first on a pod
 
 A decoder of two layers, a made-up task and some dozens of steps are not a reasoning model. The modes of this task are
-named by their first word, so a policy changes its length in one token; slips are unlearnt within the run, and so are most
-of the misreadings of who skims, so that short ways become nearly as good as long ones, whatever the reward. With a real
-model neither is so. AutoThink meets no empty thought here, and its reward is that of right and wrong.
+named by their first word, so a policy changes its length in one token; slips are unlearnt within the run, and so are
+most of the misreadings of who skims, so that short ways become nearly as good as long ones, whatever the reward. With a
+real model neither is so. AutoThink meets no empty thought here, and its reward is that of right and wrong.
 
 1. Before any training, the base model's accuracy by difficulty in efficiency mode and under fixed budgets
    (`eval.modes=efficiency,512,2048`): where the short ways are as good as the long ones, every reward with a price of
    length saves tokens, and where they never are, none can without loss. Only in between do methods differ.
-2. The learning rate, for each method by itself: in this study it decides more than the reward does, and a rate that suits
-   one method ruins another.
-3. `profile=paper` against `profile=hbpo` over the first hundred steps, by `budget_*/tokens_mean` (do the budgets keep their
-   lengths apart?), `budget_*/sentence_probability` (which budgets stay alive unasked?) and `length_spread`.
+2. The learning rate, for each method by itself: in this study it decides more than the reward does, and a rate that
+   suits one method ruins another.
+3. `profile=paper` against `profile=hbpo` over the first hundred steps, by `budget_*/tokens_mean` (do the budgets keep
+   their lengths apart?), `budget_*/sentence_probability` (which budgets stay alive unasked?) and `length_spread`.
 4. `reward.distance_weight` of 1, 2 and 4: whether budgets that cost little to overrun are soon all answered alike.
 5. `reward.bonus`, against tokens and accuracy on the hardest third.
 """
