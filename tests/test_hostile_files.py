@@ -242,9 +242,10 @@ def _load(folder):
     "model.safetensors/../../x.safetensors",
     "..\\x.safetensors", "model.bin", 5, None, ["a"], "\x00.safetensors"])
 def test_an_index_cannot_lead_elsewhere(copied, name):
+  (copied.parent / "model.safetensors").write_bytes((copied / "model.safetensors").read_bytes())
   (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
   said = refusal(lambda: _load(copied))
-  assert said and ("not the name of a safetensors file" in said or "does not exist" in said)
+  assert said and "not the name of a safetensors file" in said
 
 
 def test_an_export_carries_no_file_along_that_a_link_points_to(copied, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -86,15 +87,19 @@ def test_a_bad_worker_costs_its_item_only(name, monkeypatch):
   monkeypatch.setattr(pool_module._Process, "__init__", noted)
   open_before = len(os.listdir("/proc/self/fd"))
   start = time.monotonic()
-  with Grader(GradingConfig(workers=2, cpu_seconds=0.3), wall_seconds=0.6) as grader:
-    for key in range(8):
-      grader.submit(key, BAD if key == 3 else GOOD.replace("12", f"12{key}"), TRUTH, thinking_opened=False)
-    verdicts = grader.collect()
-    assert [v.reason for v in verdicts.values()] == ["timeout" if key == 3 else "correct" for key in range(8)]
-    assert time.monotonic() - start < 30
-    living = set(grader.worker_pids())
-    assert not _left_over(set(started) - living)
-  assert started and not _left_over(set(started))
+  try:
+    with Grader(GradingConfig(workers=2, cpu_seconds=0.3), wall_seconds=0.6) as grader:
+      for key in range(8):
+        grader.submit(key, BAD if key == 3 else GOOD.replace("12", f"12{key}"), TRUTH, thinking_opened=False)
+      verdicts = grader.collect()
+      assert [v.reason for v in verdicts.values()] == ["timeout" if key == 3 else "correct" for key in range(8)]
+      assert time.monotonic() - start < 30
+      living = set(grader.worker_pids())
+      assert not _left_over(set(started) - living)
+    assert started and not _left_over(set(started))
+  finally:
+    for pid in _in_sessions(set(started)):  # Where the test fails.
+      os.kill(pid, signal.SIGKILL)
   assert len(os.listdir("/proc/self/fd")) == open_before
 
 
