@@ -28,7 +28,6 @@ LIMIT_S = 600.0  # Of one test.
 _FAULTS, _BUCKETS = "tests/system/test_faults.py", "tests/system/test_bucket.py"
 _FIVE = f"{_FAULTS}::test_five_random_kills_and_a_stop_in_a_row_end_bit_identical"
 _CUT_OFF = "tests/test_bucket.py::test_a_pass_that_is_cut_off_anywhere_leaves_a_state_to_go_on_from"
-_NONFINITE = "tests/system/test_nonfinite.py"
 _FUZZ, _HOSTILE_WORKER = "tests/grading/test_fuzz.py", "tests/grading/test_hostile_worker.py"
 _HOSTILE_FILES = "tests/test_hostile_files.py"
 
@@ -133,7 +132,7 @@ GUARDS = (
 """,
         "",
         "tests/learning/test_checkpoint.py::test_a_damaged_checkpoint_is_passed_over_and_can_be_saved_again"
-        "[flip_one_bit]"),
+        "[flip_one_bit_of_the_data_position]"),
     Guard(
         "the newest checkpoint is cut short", "learning/checkpoint.py",
         "    self._set_aside_incomplete()\n",
@@ -231,6 +230,19 @@ GUARDS = (
         "    self._failures = (errors.Error, OSError)\n", "    self._failures = (errors.Error,)\n",
         "tests/reporting/test_writers.py::test_wandb_lost_connection_never_stops_the_run"),
     Guard(
+        "the clock jumps", "clocks.py",
+        """    self._last = time.perf_counter()
+
+  def lap(self, name: str) -> None:
+    \"\"\"Ends the stage `name`.\"\"\"
+    now = time.perf_counter()
+""",
+        """    self._last = time.time()
+
+  def lap(self, name: str) -> None:
+    now = time.time()
+""", f"{_FAULTS}::test_a_clock_that_jumps_changes_nothing[50]"),
+    Guard(
         "an evaluation or a warm start", "evaluation/store.py",
         "        self._files[name].flush()\n", "",
         f"{_FAULTS}::test_an_evaluation_that_is_stopped_keeps_every_response"),
@@ -245,17 +257,19 @@ GUARDS = (
     Guard(
         "a loss, gradient", "learning/learner.py",
         "lambda new, old: jnp.where(finite, new, old)", "lambda new, old: new",
-        f"{_NONFINITE}::test_a_fault_costs_one_update_and_its_dump_replays_bit_for_bit[advantage-batch.advantage_RC]"),
+        "tests/system/test_nonfinite.py"
+        "::test_a_fault_costs_one_update_and_its_dump_replays_bit_for_bit[advantage-batch.advantage_RC]"),
     Guard(
         "a loss, gradient", "learning/guards.py",
         "    return state.replace(step=sharding.put(jnp.asarray(step, jnp.int32), whole)), at\n",
         "    return state.replace(step=sharding.put(jnp.asarray(at, jnp.int32), whole)), at\n",
-        f"{_NONFINITE}::test_a_rollback_goes_on_with_other_data_and_a_resume_repeats_it"),
+        "tests/learning/test_guards.py"
+        "::test_a_rollback_takes_the_newest_checkpoint_or_the_first_weights_and_leaves_the_rest_of_the_step"),
     Guard(
         "a loss, gradient", "learning/guards.py",
         "  return {name: bad for name, bad in found.items() if bad.any()}\n", "  return {}\n",
-        f"{_NONFINITE}::test_a_fault_costs_one_update_and_its_dump_replays_bit_for_bit"
-        "[sampler-sampler's log-probability]"),
+        "tests/learning/test_guards.py"
+        "::test_data_that_are_not_finite_skip_their_minibatch_although_its_loss_is_finite"),
     # ---- texts and files of others ----
     Guard(
         "an answer attacks the grader", "grading/equivalence.py",

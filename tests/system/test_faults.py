@@ -217,6 +217,9 @@ def test_a_metrics_backend_that_dies_does_not_end_the_run(start, whole, tmp_path
 @pytest.mark.parametrize("count", [50, 2000])
 def test_a_clock_that_jumps_changes_nothing(start, whole, tmp_path, count):
   finish(start, tmp_path / "run", whole, f"clock:{count}")
+  rows = runs.rows(tmp_path / "run" / "metrics.jsonl")
+  times = [row[name] for row in rows for name in row if name.startswith("time/")]
+  assert len(times) > STEPS and min(times) >= 0, "times are measured by clocks that do not go back"
 
 
 @pytest.mark.slow
