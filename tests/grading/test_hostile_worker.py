@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import select
 import signal
 import subprocess
 import sys
@@ -106,10 +107,11 @@ def test_a_bad_worker_costs_its_item_only(name, monkeypatch):
 def test_a_reply_that_was_not_asked_for_is_not_taken(monkeypatch):
   body = "os.write(1, b'wrong\\n'); time.sleep(0.2); os.write(1, b'correct\\n')"
   monkeypatch.setattr(pool_module, "_BOOTSTRAP", _WORKER.replace("{body}", body).replace(
-      'os.write(1, b"correct\\n")', 'os.write(1, b"wrong\\n")'))
+      'os.write(1, b"correct\\n")', 'time.sleep(0.5); os.write(1, b"wrong\\n")'))
   with Grader(GradingConfig(workers=1)) as grader:
     assert grader.grade_batch([BAD], [TRUTH], thinking_opened=False)[0].reason == "wrong"
-    time.sleep(0.5)
+    idle, = grader._workers._idle
+    assert pool_module._wait_for(idle._output.fileno(), select.POLLIN, 60.0)
     assert grader.grade_batch([GOOD], [TRUTH], thinking_opened=False)[0].reason == "wrong"
 
 
