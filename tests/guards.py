@@ -108,7 +108,8 @@ GUARDS = (
     Guard(
         "SIGTERM to one of two", "preemption.py",
         "bool(_Request.by) if alone else distributed.reached_preemption(_Request.n_checks)",
-        "bool(_Request.by)", f"{_FAULTS}::test_two_processes_stop_together[1]"),
+        "bool(_Request.by)",
+        "tests/test_preemption.py::test_one_of_several_processes_stops_where_all_do"),
     Guard(
         "a peer process dies", "distributed.py",
         "there is no sign of {missing} at",
@@ -152,6 +153,14 @@ GUARDS = (
         "a grading worker is killed, hangs", "grading/pool.py",
         "  for _ in range(_ATTEMPTS):", "  for _ in range(1):",
         "tests/grading/test_grader_pool.py::test_a_killed_worker_is_replaced"),
+    Guard(
+        "`--workdir=gs://...`", "keeping.py",
+        "      bucket.settle()  # The checkpoint before this one, too, is where it outlasts the machine.\n", "",
+        "tests/test_keeping.py::test_a_checkpoint_waits_until_the_bucket_has_the_one_before_it"),
+    Guard(
+        "`--workdir=gs://...`", "bucket/mirror.py",
+        " or (not self._is_failing and self._has_new_checkpoint())", "",
+        "tests/test_bucket.py::test_the_background_uploads_a_new_checkpoint_by_itself"),
     Guard(
         "`--workdir=gs://...`", "bucket/mirror.py",
         "is None or unit in marked)}", "is None or True)}", f"{_BUCKETS}::test_killed_at[bucket_unit:6-3]"),
@@ -237,7 +246,7 @@ GUARDS = (
 
   def lap(self, name: str) -> None:
     now = time.time()
-""", f"{_FAULTS}::test_a_clock_that_jumps_changes_nothing[50]"),
+""", "tests/test_clocks.py::test_no_time_is_negative_where_the_date_goes_back"),
     Guard(
         "an evaluation or a warm start", "evaluation/store.py",
         "        self._files[name].flush()\n", "",
