@@ -61,12 +61,26 @@ def test_only_a_test_that_ran_and_failed_counts(tmp_path, code, report, expected
 
 
 @pytest.mark.skipif(not (guards.ROOT / ".git").exists(), reason="needs a checkout")
-def test_the_copy_has_the_tracked_files_and_the_runner_tells_failures_from_passes(tmp_path):
-  copy = tmp_path / "repository"
-  guards.copy_to(copy)
-  assert (copy / "hbpo_jax" / "files.py").is_file() and not (copy / ".git").exists()
-  (copy / "test_own.py").write_text(
-      "def test_passes(): pass\ndef test_fails(): assert 0\ndef test_breaks(absent): pass\n")
-  found = {name: guards.run(f"test_own.py::test_{name}", copy)[0]
-           for name in ("passes", "fails", "breaks", "is_not_there")}
-  assert found == {"passes": "survived", "fails": "caught", "breaks": "error", "is_not_there": "error"}
+def test_the_copy_has_the_tracked_files(tmp_path):
+  guards.copy_to(tmp_path / "copy")
+  assert (tmp_path / "copy" / "hbpo_jax" / "files.py").is_file() and not (tmp_path / "copy" / ".git").exists()
+
+
+def test_the_runner_tells_what_it_saw(monkeypatch, capsys):
+  def copy_to(folder):
+    (folder / guards.PACKAGE).mkdir(parents=True)
+    (folder / guards.PACKAGE / "__init__.py").write_text("")
+    (folder / guards.PACKAGE / "own.py").write_text("SAFE = True\n")
+    (folder / "test_own.py").write_text(
+        "from hbpo_jax import own\ndef test_sees(): assert own.SAFE\ndef test_is_blind(): assert own\n"
+        "def test_always_fails(): assert 0\ndef test_breaks(absent): assert own.SAFE\n")
+
+  names = {"sees": "caught", "is_blind": "survived", "always_fails": "error", "breaks": "error"}
+  monkeypatch.setattr(guards, "copy_to", copy_to)
+  monkeypatch.setattr(guards, "GUARDS", tuple(
+      guards.Guard("a row", "own.py", "True", "False", f"test_own.py::test_{name}") for name in names))
+  assert guards.main([]) == 1
+  *lines, total = capsys.readouterr().out.splitlines()
+  assert [line.split()[0] for line in lines] == [*names.values()] and total.startswith("1 caught, 1 survived, 2 error")
+  assert "with the guard, too" in lines[2]
+  assert guards.main(["no such row"]) == 1
