@@ -6,7 +6,7 @@ r"""What keeps the promises of docs/reliability.md, and the tests that fail with
 takes one guard after the other out of a copy of the repository, runs its test there, and prints a line for each:
 `caught` if the test failed, and passes again with the guard in its place; `survived` if it passed without; `error` if
 it did not run to its end, or fails with the guard, too. Exit code 0 means that all are caught. All of them take an hour
-on two cores, most of it for whole runs.
+or more on two busy cores, most of it for whole runs.
 """
 
 from collections.abc import Sequence
