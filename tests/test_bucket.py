@@ -445,11 +445,16 @@ def test_the_background_uploads_a_new_checkpoint_by_itself(client, monkeypatch):
 
 
 def test_sigterm_does_not_cut_off_the_last_upload(client):
-  before = signal.getsignal(signal.SIGTERM)
-  client.before = lambda o, n: os.kill(os.getpid(), signal.SIGTERM) if n == "run.json" else None
-  with opened() as root:
-    write(root, FIRST)
-  assert client.files["run.json"] == b"first" and signal.getsignal(signal.SIGTERM) == before
+  told = []
+  ask = lambda number, _: told.append(number)
+  before = signal.signal(signal.SIGTERM, ask)
+  try:
+    client.before = lambda o, n: os.kill(os.getpid(), signal.SIGTERM) if n == "run.json" else None
+    with opened() as root:
+      write(root, FIRST)
+    assert client.files["run.json"] == b"first" and told == [] and signal.getsignal(signal.SIGTERM) == ask
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_ctrl_c_breaks_off_the_last_upload_and_says_where_all_is(client):

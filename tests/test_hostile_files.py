@@ -58,8 +58,8 @@ _ROW = {"id": "a", "problem": "1 + 1", "answer": "2", "source": "me", "level": 1
 @pytest.mark.parametrize("data, message", [
     (b"", "holds no problem"), (b"\n\r\n \n", "holds no problem"), (b"\x00" * 100, ":1 is not JSON"),
     (b"\xff\xfe{\x00}\x00", "UTF-8"), (b'{"id": "\xc3\x28"}', "UTF-8"), (b"[" * 100_000, ":1 is not JSON .*too deep"),
-    (b'{"id": "a", "id": "b"}', "'id' stands twice"), (json.dumps(_ROW).replace("1,", "NaN,").encode(),
-     "NaN is not finite"),
+    (json.dumps(_ROW)[:-1].encode() + b', "id": "b"}', "'id' stands twice"),
+    (json.dumps(_ROW).replace("1,", "NaN,").encode(), "NaN is not finite"),
     (json.dumps(_ROW | {"level": 10**12}).encode(), "level=1000000000000 must be"),
     (json.dumps(_ROW | {"level": 1e3}).encode(), "level=1000.0 must be"),
     (json.dumps(_ROW).replace('"level": 1', '"level": ' + "9" * 5000).encode(), ":1 is not JSON"),
@@ -242,9 +242,10 @@ def _load(folder):
     "model.safetensors/../../x.safetensors",
     "..\\x.safetensors", "model.bin", 5, None, ["a"], "\x00.safetensors"])
 def test_an_index_cannot_lead_elsewhere(copied, name):
+  (copied.parent / "model.safetensors").write_bytes((copied / "model.safetensors").read_bytes())
   (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
   said = refusal(lambda: _load(copied))
-  assert said and ("not the name of a safetensors file" in said or "does not exist" in said)
+  assert said and "not the name of a safetensors file" in said
 
 
 def test_an_export_carries_no_file_along_that_a_link_points_to(copied, tmp_path):

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from hbpo_jax import config, preemption
+from hbpo_jax import config, distributed, preemption
 from tests.system import runs
 
 CFG = config.Config()
@@ -77,6 +77,23 @@ main(config.Config(), sys.argv[1])
     done = run(first, signal.SIGINT)
     assert done.returncode == -signal.SIGINT and done.stdout == "" and "Traceback" not in done.stderr
   assert run(signal.SIGINT, signal.SIGTERM).stdout == "still here\n"
+
+
+def test_one_of_several_processes_stops_where_all_do(tmp_path, monkeypatch):
+  """Another was told to stop, and JAX's service has found the third safe point for all of them."""
+  monkeypatch.setattr(distributed, "n_processes", lambda: 2)
+  monkeypatch.setattr(distributed, "reached_preemption", lambda count: count == 3)
+  passed = []
+
+  @preemption.stoppable
+  def main(cfg, workdir):
+    for i in range(5):
+      preemption.check("all is saved")
+      passed.append(i)
+
+  main(CFG, str(tmp_path))
+  assert passed == [0, 1] and preemption.is_stopping()
+  assert json.loads((tmp_path / "stopped.json").read_text())["by"] == "SIGTERM to one of its processes"
 
 
 def test_a_program_started_by_nohup_stays_deaf_to_hangups(tmp_path):

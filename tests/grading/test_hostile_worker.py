@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -86,25 +88,30 @@ def test_a_bad_worker_costs_its_item_only(name, monkeypatch):
   monkeypatch.setattr(pool_module._Process, "__init__", noted)
   open_before = len(os.listdir("/proc/self/fd"))
   start = time.monotonic()
-  with Grader(GradingConfig(workers=2, cpu_seconds=0.3), wall_seconds=0.6) as grader:
-    for key in range(8):
-      grader.submit(key, BAD if key == 3 else GOOD.replace("12", f"12{key}"), TRUTH, thinking_opened=False)
-    verdicts = grader.collect()
-    assert [v.reason for v in verdicts.values()] == ["timeout" if key == 3 else "correct" for key in range(8)]
-    assert time.monotonic() - start < 30
-    living = set(grader.worker_pids())
-    assert not _left_over(set(started) - living)
-  assert started and not _left_over(set(started))
+  try:
+    with Grader(GradingConfig(workers=2, cpu_seconds=0.3), wall_seconds=0.6) as grader:
+      for key in range(8):
+        grader.submit(key, BAD if key == 3 else GOOD.replace("12", f"12{key}"), TRUTH, thinking_opened=False)
+      verdicts = grader.collect()
+      assert [v.reason for v in verdicts.values()] == ["timeout" if key == 3 else "correct" for key in range(8)]
+      assert time.monotonic() - start < 30
+      living = set(grader.worker_pids())
+      assert not _left_over(set(started) - living)
+    assert started and not _left_over(set(started))
+  finally:
+    for pid in _in_sessions(set(started)):  # Where the test fails.
+      os.kill(pid, signal.SIGKILL)
   assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 def test_a_reply_that_was_not_asked_for_is_not_taken(monkeypatch):
   body = "os.write(1, b'wrong\\n'); time.sleep(0.2); os.write(1, b'correct\\n')"
   monkeypatch.setattr(pool_module, "_BOOTSTRAP", _WORKER.replace("{body}", body).replace(
-      'os.write(1, b"correct\\n")', 'os.write(1, b"wrong\\n")'))
+      'os.write(1, b"correct\\n")', 'time.sleep(0.5); os.write(1, b"wrong\\n")'))
   with Grader(GradingConfig(workers=1)) as grader:
     assert grader.grade_batch([BAD], [TRUTH], thinking_opened=False)[0].reason == "wrong"
-    time.sleep(0.5)
+    idle, = grader._workers._idle
+    assert pool_module._wait_for(idle._output.fileno(), select.POLLIN, 60.0)
     assert grader.grade_batch([GOOD], [TRUTH], thinking_opened=False)[0].reason == "wrong"
 
 

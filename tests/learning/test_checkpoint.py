@@ -62,6 +62,13 @@ def flip_one_bit(folder):
   path.write_bytes(bytes(content))
 
 
+def flip_one_bit_of_the_data_position(folder):
+  path = folder / "meta" / "metadata"
+  content = path.read_bytes()
+  at = content.index(b"37", content.index(b'"position"')) + 1
+  path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+
+
 def lose_a_file(folder):
   biggest_file(folder).unlink()
 
@@ -74,7 +81,7 @@ def lose_the_checksums(folder):
   (folder / "checksums.json").unlink()
 
 
-DAMAGES = [truncate, flip_one_bit, lose_a_file, spoil_meta, lose_the_checksums]
+DAMAGES = [truncate, flip_one_bit, flip_one_bit_of_the_data_position, lose_a_file, spoil_meta, lose_the_checksums]
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path, learner):

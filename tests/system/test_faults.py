@@ -124,7 +124,8 @@ def test_stopped_again_and_again(start, whole, tmp_path):
 @pytest.mark.parametrize("point", ["rollout:1:0", "update:1:0"])
 def test_rollouts_ahead_survive_a_stop(start, tmp_path, point):
   """pipeline=one_step_off: a resumed run has no older weights, so the rollouts that came from them are kept."""
-  changes = {"pipeline": "one_step_off", "checkpoint.save_every": 6, "eval.every": 0, "optimizer.learning_rate": 1e-2}
+  changes = {"pipeline": "one_step_off", "checkpoint.save_every": 6, "eval.every": 0, "optimizer.learning_rate": 1e-2,
+             "loss.importance_cap": 2.0}
   assert start(tmp_path / "whole", **changes).code == 0
   stopped = start(tmp_path / "run", f"{point}:term", **changes)
   assert stopped.code == 0 and "stopped by SIGTERM" in stopped.error, stopped.text
