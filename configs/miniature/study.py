@@ -98,6 +98,7 @@ def get_study():
       rival_seeds=(1,),
       tune_seed=100,
       rates=(5e-5, 1.5e-4, 4.5e-4, 1e-3, 2e-3),
+      rival_rates=(1.5e-4, 4.5e-4, 1e-3),
       n_eval=9_000,
       n_modes=1_200,
       n_tune=1_800,

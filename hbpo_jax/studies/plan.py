@@ -41,7 +41,8 @@ class Study:
   left_out: seeds whose warm start turned out too weak to compare from; it is measured and reported, no more.
   notes: Markdown at the end of the write-up, for what no number says.
   tune_seed: of the warm start and the problems on which learning rates are chosen; none of `seeds`.
-  rates: learning rates to choose from; a method without choice takes optimizer.learning_rate.
+  rates: learning rates to choose from; a method without choice takes optimizer.learning_rate.  rival_rates: of the
+    rivals; () means rates.
   n_eval: fresh problems of a method's evaluation in natural mode.  n_modes: problems in every other mode.  n_tune: of a
     learning rate's evaluation.
   forced: modes (as in eval.modes) in which the warm start is measured besides natural.
@@ -58,8 +59,14 @@ class Study:
   n_tune: int
   forced: tuple[str, ...]
   modes: tuple[str, ...]
+  rival_rates: tuple[float, ...] = ()
   left_out: tuple[int, ...] = ()
   notes: str = ""
+
+  def rates_of(self, method: str) -> tuple[float, ...]:
+    """The learning rates that are tried for a method."""
+    group = next(m.group for m in self.methods if m.name == method)
+    return self.rival_rates if group == "rival" and self.rival_rates else self.rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +118,8 @@ def check(study: Study) -> None:
     raise ValueError(f"tune_seed={study.tune_seed} is also one of the seeds {study.seeds}; choose another.")
   if both := sorted({study.tune_seed, *study.seeds} & set(study.left_out)):
     raise ValueError(f"left_out={study.left_out} holds seed {both[0]}, which the study uses; remove it from one.")
+  if study.rival_rates and not study.rates:
+    raise ValueError(f"rival_rates={study.rival_rates}, but no rates of the other methods; give both or neither.")
   if not set(study.rival_seeds) <= set(study.seeds):
     raise ValueError(f"rival_seeds={study.rival_seeds} are not all among seeds={study.seeds}.")
 
@@ -119,7 +128,7 @@ def quick(study: Study) -> Study:
   """The study's main methods alone, with one seed and no choice of learning rates."""
   return dataclasses.replace(
       study, methods=tuple(dataclasses.replace(m, rate_of="") for m in study.methods if m.group == "main"),
-      seeds=study.seeds[:1], left_out=(), rival_seeds=(), rates=(), n_eval=study.n_eval // 3,
+      seeds=study.seeds[:1], left_out=(), rival_seeds=(), rates=(), rival_rates=(), n_eval=study.n_eval // 3,
       n_modes=study.n_modes // 3)
 
 
@@ -149,12 +158,12 @@ def cells(study: Study, only: Sequence[str] = ()) -> list[Cell]:
   for name in chosen:
     found += [
         Cell(f"tune/{name}/{rate:g}", "tune", name, study.tune_seed, rate, (f"warm_start/seed_{study.tune_seed}",))
-        for rate in study.rates]
+        for rate in study.rates_of(name)]
   for seed in study.seeds:
     for m in methods:
       if m.group == "rival" and seed not in study.rival_seeds:
         continue
-      tuned = tuple(f"tune/{m.rate_of or m.name}/{rate:g}" for rate in study.rates)
+      tuned = tuple(f"tune/{m.rate_of or m.name}/{rate:g}" for rate in study.rates_of(m.rate_of or m.name))
       found.append(Cell(f"{m.name}/seed_{seed}", "method", m.name, seed, None, (f"warm_start/seed_{seed}", *tuned)))
   return found
 

@@ -39,6 +39,14 @@ def test_cells_come_after_what_they_need_and_only_where_they_should():
     plan.cells(STUDY, ["z"])
 
 
+def test_rivals_may_have_fewer_learning_rates():
+  cells = {c.name: c for c in plan.cells(dataclasses.replace(STUDY, rival_rates=(3e-4,)))}
+  assert [n for n in cells if n.startswith("tune/c")] == ["tune/c/0.0003"]
+  assert cells["c/seed_1"].after == ("warm_start/seed_1", "tune/c/0.0003") and "tune/a/0.0001" in cells
+  assert not any(n.startswith("tune") for n in (c.name for c in plan.cells(plan.quick(dataclasses.replace(
+      STUDY, rival_rates=(3e-4,))))))
+
+
 def test_a_warm_start_that_is_left_out_is_made_all_the_same():
   extra = {c.name for c in plan.cells(dataclasses.replace(STUDY, left_out=(5,)))} - {c.name for c in plan.cells(STUDY)}
   assert extra == {"warm_start/seed_5"}
@@ -98,6 +106,7 @@ def test_a_cell_that_was_made_otherwise_is_refused(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (dict(tune_seed=1), "tune_seed=1 is also one of the seeds"),
     (dict(left_out=(7, 1)), r"left_out=\(7, 1\) holds seed 1, which the study uses"),
+    (dict(rates=(), rival_rates=(1e-4,)), r"rival_rates=\(0.0001,\), but no rates"),
     (dict(rival_seeds=(4,)), r"rival_seeds=\(4,\) are not all among"),
     (dict(methods=STUDY.methods + STUDY.methods[:1]), "'a' occurs twice"),
     (dict(methods=(Method("a", "A", {"reward.frm": 1}),)), "'a' sets 'reward.frm', which is no setting"),
