@@ -12,6 +12,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pathlib
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -30,6 +31,14 @@ REPO_ROOT = pathlib.Path(__file__).resolve().parents[1]
 def pytest_unconfigure(config):
   if _OWN_CACHE:  # Set in the process that started the others.
     shutil.rmtree(_OWN_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """Compiled programs go with their module: those of all modules together take gigabytes."""
+  yield
+  if "jax" in sys.modules:
+    sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture

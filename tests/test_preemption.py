@@ -15,6 +15,14 @@ from tests.system import runs
 CFG = config.Config()
 
 
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal():
+  """SIGHUP ends a process; under nohup it is ignored, and commands leave that as it is."""
+  given = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, given)
+
+
 def told(*signals):
   """A command that gets signals and then passes three safe points; what it came to."""
   passed = []

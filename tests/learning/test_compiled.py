@@ -43,7 +43,7 @@ def per_entry(program, **sizes):
 
 
 # Float32 arrays of the head's size: used in the loop; with the gradient, its sums and the optimizer's.
-@pytest.mark.parametrize("program, heads", [("score", 1), ("update", 7)])
+@pytest.mark.parametrize("program, heads", [("score", 1), pytest.param("update", 7, marks=pytest.mark.slow)])
 def test_a_vocabulary_costs_one_chunk_of_logits_whatever_the_rows(program, heads):
   found = per_entry(program, n_columns=T)
   at_most = 4 * (LOGITS_OF_A_CHUNK * CHUNK + heads * NARROW.hidden_size)

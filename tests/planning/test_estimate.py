@@ -120,6 +120,7 @@ def test_a_sweep_ranks_what_fits_by_speed():
   assert {e.job.cfg.rollout.slots // e.job.shards for e in ranked} >= {16, 32, 64}
 
 
+@pytest.mark.slow
 def test_a_sweep_compiles_the_best_few_and_sorts_again(monkeypatch):
   asked = []
 

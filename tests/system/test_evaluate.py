@@ -123,6 +123,7 @@ def test_training_measures_itself_and_keeps_its_best_step(trained):
   assert (trained / "best" / str(best["step"]) / "state").is_dir()
 
 
+@pytest.mark.slow
 def test_a_killed_training_run_measures_the_same(inputs, trained, tmp_path):
   workdir = tmp_path / "run"
   process = subprocess.Popen(
@@ -144,6 +145,7 @@ def test_a_killed_training_run_measures_the_same(inputs, trained, tmp_path):
   assert (workdir / "best" / "best.json").read_text() == (trained / "best" / "best.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_run_is_evaluated_like_its_export(inputs, trained, tmp_path):
   found = {}
   for name, path in (("checkpoint", trained / "checkpoints" / str(STEPS)), ("export", trained / "export")):

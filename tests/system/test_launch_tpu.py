@@ -567,3 +567,4 @@ def test_an_interrupt_ends_the_watch_not_the_job(machines):
   watching.terminate()
   assert "the job goes on" in watching.communicate(timeout=20)[1] and watching.returncode == 130
   assert "hbpo-state running" in machines.launch("status", "--bucket=b").stdout
+  machines.launch("stop")  # It would wait for ever.

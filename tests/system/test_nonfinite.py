@@ -107,6 +107,7 @@ def test_a_reward_that_overflows_is_named(inputs, tmp_path):
   assert first["first"] in ("reward", "advantage") and second["dump"] is None, "one dump was asked for"
 
 
+@pytest.mark.slow
 def test_a_rollback_goes_on_with_other_data_and_a_resume_repeats_it(inputs, tmp_path, monkeypatch):
   with fault("parameter", 3):
     rows = run(inputs, tmp_path / "whole", learner__nonfinite="rollback")
