@@ -66,7 +66,7 @@ def open_model(cfg: Config, run: pathlib.Path | None = None) -> Model:
   longest = int(builder.training_prefix(cfg.rollout.budgets)[1].max())
   validation.validate(cfg, n_devices=jax.device_count(), arch=arch, prefix_tokens=longest)
   lora.check(cfg.lora, arch)
-  return Model(directory, arch, builder, *_make_meshes(cfg))
+  return Model(directory, arch, builder, *make_meshes(cfg))
 
 
 def open_for_evaluation(cfg: Config) -> Model:
@@ -87,7 +87,7 @@ def open_for_evaluation(cfg: Config) -> Model:
   arch = architecture.from_hf_config(directory)
   builder = PromptBuilder(load_tokenizer(directory, arch), cfg, str(directory))
   trained = pathlib.Path(cfg.model.path).expanduser() if found else None
-  return Model(directory, arch, builder, *_make_meshes(cfg), trained)
+  return Model(directory, arch, builder, *make_meshes(cfg), trained)
 
 
 def base_of(run: pathlib.Path) -> tuple[str, str]:
@@ -103,7 +103,12 @@ def base_of(run: pathlib.Path) -> tuple[str, str]:
   return settings["path"], origin["commit"] if origin else settings["revision"]
 
 
-def _make_meshes(cfg: Config) -> tuple[Mesh, Mesh]:
+def make_meshes(cfg: Config) -> tuple[Mesh, Mesh]:
+  """The meshes of updates and of rollouts, of this process's settings.
+
+  Raises:
+    ValueError: when the settings do not fit the devices; names the field.
+  """
   devices = jax.devices()
   if cfg.mesh.rollout_devices and jax.process_count() > 1:
     raise ValueError(

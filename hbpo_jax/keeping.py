@@ -31,6 +31,7 @@ class Keeper:
   guard: guards.Guard
   log: StepLog
   wall_s: WallClock
+  contents: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of `run_info.Changes`
 
   def after(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
     """Does what is due after a step: an evaluation, a checkpoint, the end of a run that no longer learns.
@@ -87,7 +88,7 @@ class Keeper:
   def _meta(self, data_state: dict[str, Any]) -> dict[str, Any]:
     return {
         "data_state": data_state, "config": config_lib.to_json_dict(self.cfg), "wall_s": self.wall_s(),
-        "nonfinite_in_a_row": self.guard.in_a_row}
+        "nonfinite_in_a_row": self.guard.in_a_row, "contents": dict(self.contents)}
 
   def _save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
     self.log.flush()  # A saved step is a logged step: a resumed run leaves no gap.

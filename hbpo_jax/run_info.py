@@ -216,20 +216,30 @@ class Changes:
 
   Attributes:
     found: of the checkpoint that was checked last.
+    contents: digest of what a setting stands for, by the setting's name: another one changes what is learnt, even where
+      the setting is the same.
   """
 
-  def __init__(self, cfg: config.Config):
+  def __init__(self, cfg: config.Config, contents: Mapping[str, str] | None = None):
     self._cfg = cfg
+    self.contents = dict(contents or {})
     self.found: list[Change] = []
 
-  def check(self, saved: Mapping[str, Any]) -> None:
+  def check(self, saved: Mapping[str, Any], contents: Mapping[str, str] | None = None) -> None:
     """Compares with the settings of a checkpoint.
 
+    Args:
+      contents: of the checkpoint; what one of the two does not know is not compared.
     Raises:
-      ValueError: when a setting differs that changes what is learnt and checkpoint.allow_changes does not name it;
+      ValueError: when something differs that changes what is learnt and checkpoint.allow_changes does not name it;
         gives all of them with both values, and the remedy.
     """
-    self.found = compare(self._cfg, saved)
+    there = dict(contents or {})
+    differs = [n for n in self.contents if n in there and there[n] != self.contents[n]]
+    of = lambda value, digest: f"{value} (contents {digest})"
+    self.found = [c for c in compare(self._cfg, saved) if c.name not in differs] + [
+        Change(n, of(_nested(saved, n, ""), there[n]), of(config.get(self._cfg, n), self.contents[n]), breaking=True)
+        for n in differs]
     allowed = self._cfg.checkpoint.allow_changes
     refused = [c for c in self.found if c.breaking and c.name not in allowed and "all" not in allowed]
     if refused:

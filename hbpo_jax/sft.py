@@ -36,7 +36,7 @@ from hbpo_jax.data.sft_data import SftData
 from hbpo_jax.learning.checkpoint import Checkpointer
 from hbpo_jax.learning.guards import check_finite
 from hbpo_jax.learning.learner import Learner
-from hbpo_jax.models import decoder, sharding, weights
+from hbpo_jax.models import decoder, lora, sharding, weights
 from hbpo_jax.models.architecture import Architecture
 from hbpo_jax.reporting.console import Console
 from hbpo_jax.reporting.writers import MetricWriter
@@ -67,9 +67,13 @@ def with_model(cfg: Config, root: pathlib.Path) -> Config:
   """
   if cfg.model.path or cfg.sft.path or cfg.data.source != "synthetic":
     return cfg
-  validation.validate(cfg, n_devices=jax.device_count())  # Nothing is trained for a run that would be refused.
+  validation.validate(cfg, n_devices=jax.device_count())
   folder = root / "warmstart"
   if not distributed.from_writer("the warm start", lambda: _is_complete(folder, cfg)):
+    # Nothing is trained for a run that would be refused.
+    model, _ = new_model(cfg)
+    lora.check(cfg.lora, model.arch)
+    assemble.training_engine(cfg, model)
     train(cfg, folder, f"model.path is empty: a small model is made and trained first, in {folder}")
     distributed.barrier("the end of the warm start")
   return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=str(folder / "export")))
@@ -113,10 +117,18 @@ def train(cfg: Config, root: pathlib.Path, note: str = "") -> None:
     source = model.directory
   else:
     cfg = dataclasses.replace(cfg, lora=LoraConfig())  # random weights are no base
-    model, params, source = new_model(cfg)
+    model, source = new_model(cfg)
+    draw = jax.jit(
+        functools.partial(decoder.init, model.arch, param_dtype=jnp.dtype(cfg.model.param_dtype)),
+        out_shardings=sharding.param_shardings(model.arch, model.mesh))
+    params = draw(jax.random.fold_in(jax.random.key(cfg.seed), 2))
   problems, _ = problems_lib.load_train_and_eval(cfg.data, cfg.seed)
   data = SftData(problems, model.builder, cfg)
   learner = Learner(model.arch, cfg, model.mesh, total_updates=cfg.sft.steps)
+  if not cfg.learner.pack and cfg.sft.rows % learner.shards:
+    raise ValueError(
+        f"sft.rows={cfg.sft.rows} does not divide over mesh.data x mesh.fsdp = {learner.shards} devices; make it a "
+        "multiple, or set learner.pack=true.")
 
   with contextlib.ExitStack() as stack:
     unfinished = stack.enter_context(
@@ -191,11 +203,12 @@ def supervised_config(cfg: Config) -> Config:
   return dataclasses.replace(cfg, optimizer=optimizer, learner=learner)
 
 
-def new_model(cfg: Config) -> tuple[assemble.Model, Any, Any]:
-  """(model, random params, tokenizer) of a small decoder for the synthetic task.
+def new_model(cfg: Config) -> tuple[assemble.Model, Any]:
+  """(model, tokenizer) of a small decoder for the synthetic task, as long as the run's responses and evaluations need.
 
   Raises:
-    ValueError: when the data are not the synthetic task, whose vocabulary is the only one made here.
+    ValueError: when the data are not the synthetic task, whose vocabulary is the only one made here, or the settings do
+      not fit the model, the devices or each other.
   """
   if cfg.data.source != "synthetic":
     raise ValueError(
@@ -205,20 +218,18 @@ def new_model(cfg: Config) -> tuple[assemble.Model, Any, Any]:
   sentences = (cfg.prompt.budget_sentence, cfg.prompt.efficiency_sentence, cfg.prompt.instruction, cfg.prompt.system,
                *cfg.prompt.openings)
   tokenizer = synthetic.make_tokenizer(cfg.data.synthetic, cfg.sft.stated_budgets or cfg.rollout.budgets, sentences)
-  sft = cfg.sft
+  sft, builder = cfg.sft, PromptBuilder(tokenizer, cfg)
+  longest_opening = int(builder.training_prefix(cfg.rollout.budgets)[1].max())
+  uncounted = 0 if cfg.rollout.count_prefix_tokens else longest_opening
+  n_new = max(cfg.reward.max_response_tokens + uncounted, cfg.eval.max_new_tokens if cfg.data.n_eval else 0)
   arch = Architecture(
       family="qwen3", n_layers=sft.n_layers, hidden_size=sft.hidden_size, mlp_size=sft.mlp_size, n_heads=sft.n_heads,
       n_kv_heads=sft.n_kv_heads, head_size=sft.hidden_size // sft.n_heads,
       vocab_size=-(-len(tokenizer) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE, rope_theta=10000.0, rope_scaling=None,
       rms_eps=1e-6, tie_embeddings=True, qkv_bias=False, qk_norm=True,
-      max_context=cfg.data.max_prompt_tokens + cfg.reward.max_response_tokens)
-  mesh = sharding.make_mesh(cfg.mesh)
-  draw = jax.jit(
-      functools.partial(decoder.init, arch, param_dtype=jnp.dtype(cfg.model.param_dtype)),
-      out_shardings=sharding.param_shardings(arch, mesh))
-  params = draw(jax.random.fold_in(jax.random.key(cfg.seed), 2))
-  model = assemble.Model(pathlib.Path(), arch, PromptBuilder(tokenizer, cfg), mesh, mesh)
-  return model, params, tokenizer
+      max_context=cfg.data.max_prompt_tokens + n_new)
+  validation.validate(cfg, n_devices=jax.device_count(), arch=arch, prefix_tokens=longest_opening)
+  return assemble.Model(pathlib.Path(), arch, builder, *assemble.make_meshes(cfg)), tokenizer
 
 
 def cli(argv: Sequence[str] | None = None) -> None:

@@ -75,6 +75,7 @@ class Batch:
   logp_old_RC: float32 [R, C], trainer's own log-probabilities before the step's updates.
   logp_ref_RC: float32 [R, C] reference model's, or None when loss.kl_coef is 0.
   logp_sampler_RC: float32 [R, C], the sampler's, or None when loss.importance_cap is None.
+  forced_RC: bool [R, C], True = a token of the budget sentence, which nobody drew; None = there are none.
   """
   tokens_RT: Array
   segment_RT: Array
@@ -85,6 +86,7 @@ class Batch:
   logp_old_RC: Array | None = None
   logp_ref_RC: Array | None = None
   logp_sampler_RC: Array | None = None
+  forced_RC: Array | None = None
 
 
 @struct.dataclass
@@ -146,7 +148,7 @@ def make_batch(
     advantage_BGJ: float [B, G, J], or None.
     prefix_weights: of `forced_advantage`; with 1 and 1, forced tokens have their response's advantage.
   Returns:
-    A Batch without logp_old_RC and logp_ref_RC; logp_sampler_RC is set.
+    A Batch without logp_old_RC and logp_ref_RC; logp_sampler_RC and forced_RC are set.
   """
   n_rollouts = rollouts.n_tokens_BGJ.shape[1] * rollouts.n_tokens_BGJ.shape[2]
   C = max(g.shape[-1] for g in rollouts.tokens)
@@ -158,12 +160,12 @@ def make_batch(
   first_R = P - n_prompt_R
   real_RT = (column_T >= first_R[:, None]) & (column_T < P + n_tokens_R[:, None])
   advantage_RC = None if advantage_BGJ is None else advantage_BGJ.reshape(-1, 1)
+  shape = rollouts.n_tokens_BGJ.shape
+  to_rows = lambda x: jnp.broadcast_to(jnp.asarray(x), shape).reshape(-1, 1)
+  forced_RC = jnp.arange(C) < to_rows(prompts.n_prefix_G[None, :, None])
   if advantage_RC is not None and prefix_weights != (1, 1):
-    B, G, J = rollouts.n_tokens_BGJ.shape
-    n_prefix_R = jnp.broadcast_to(jnp.asarray(prompts.n_prefix_G)[None, :, None], (B, G, J)).reshape(-1, 1)
-    forced_BG = forced_advantage(advantage_BGJ, prefix_weights)
-    forced_R1 = jnp.broadcast_to(jnp.asarray(forced_BG)[:, :, None], (B, G, J)).reshape(-1, 1)
-    advantage_RC = jnp.where(jnp.arange(C) < n_prefix_R, forced_R1, advantage_RC)
+    forced_R1 = to_rows(forced_advantage(advantage_BGJ, prefix_weights)[:, :, None])
+    advantage_RC = jnp.where(forced_RC, forced_R1, advantage_RC)
   return Batch(
       tokens_RT=jnp.where(real_RT, jnp.concatenate([prompt_RP, groups_to_rows(rollouts.tokens, C)], axis=1), 0),
       segment_RT=real_RT.astype(jnp.int32),
@@ -171,4 +173,5 @@ def make_batch(
       completion_mask_RC=groups_to_rows(rollouts.completion_mask, C, False),
       advantage_RC=advantage_RC,
       logp_sampler_RC=groups_to_rows(rollouts.logp_sampler, C, 0.0),
+      forced_RC=forced_RC,
   )

@@ -202,6 +202,8 @@ class Trainer:
     shape = rollouts.n_gen_BGJ.shape
     score_BGJ = np.array([v.score for v in generated.verdicts], np.float32).reshape(shape)
     finished_BGJ = np.array([v.finished for v in generated.verdicts]).reshape(shape)
+    if not cfg.reward.grader:  # A grader of the user's own decides itself what a text is worth that is cut off.
+      score_BGJ[rollouts.truncated_BGJ] = 0
 
     # Rewards and advantages within and across budgets, and what the reward remembers for the next step.
     outcome = self._outcome(step, state, generated, score_BGJ, finished_BGJ)
@@ -280,14 +282,16 @@ def training_key(seed: int) -> jax.Array:
 
 def first_state(
     cfg: Config, learner: Learner, checkpoints: Checkpointer, batches: PipelineIterator, load: Callable[[], Any],
-    check: Callable[[Mapping[str, Any]], None]) -> tuple[TrainState, int, dict[str, Any]]:
+    check: Callable[[Mapping[str, Any], Mapping[str, str]], None]) -> tuple[TrainState, int, dict[str, Any]]:
   """(state, first step to do, meta): from the newest good checkpoint, which also moves `batches`, or fresh.
 
   Args:
     load: reads the base model's weights.
-    check: called with the settings that a checkpoint was saved under; may raise to refuse it.
+    check: called with the settings and the `run_info.Changes.contents` that a checkpoint was saved under; may raise to
+      refuse it.
   """
-  restored = checkpoints.restore_latest(learner.abstract_state(), check=lambda meta: check(meta["config"]))
+  restored = checkpoints.restore_latest(
+      learner.abstract_state(), check=lambda meta: check(meta["config"], meta.get("contents", {})))
   if restored is None:
     return learner.new_state(load()), 0, {"wall_s": 0.0}
   state, meta = restored
@@ -318,7 +322,7 @@ def main(cfg: Config, workdir: str) -> None:
     checkpoints = stack.enter_context(Checkpointer(root / "checkpoints", cfg.checkpoint))
     batches = iter(data)
     load = lambda: weights.load(model.directory, model.arch, model.mesh, param_dtype=assemble.base_dtype(cfg))
-    changes = run_info.Changes(cfg)
+    changes = run_info.Changes(cfg, _contents(cfg, model, data))
     state, start, meta = first_state(cfg, learner, checkpoints, batches, load, changes.check)
     wall_s.earlier_s = meta["wall_s"]
     run_info.write_run_json(root, cfg, model.mesh, {
@@ -343,7 +347,7 @@ def main(cfg: Config, workdir: str) -> None:
     assemble.compile_samplers(console, evaluation=evaluations.runner)
     engine.prepare()  # In the background: the first step waits only for the programs that it needs.
     base = evaluations.before(start, state)
-    keeper = Keeper(cfg, root, checkpoints, evaluations, judge, guard, log, wall_s)
+    keeper = Keeper(cfg, root, checkpoints, evaluations, judge, guard, log, wall_s, changes.contents)
     trainer = Trainer(
         cfg, model, batches, engine, judge, learner, reference, checkpoints, guard, evaluations, keeper, log, digests,
         console)
@@ -367,6 +371,12 @@ def main(cfg: Config, workdir: str) -> None:
       if cfg.checkpoint.export:
         export.update_cards(root, export.cards_of_run(cfg, model.directory, int(state.step), summary=summary))
     export.push_run(cfg, root, console)
+
+
+def _contents(cfg: Config, model: assemble.Model, data: Pipeline) -> dict[str, str]:
+  """What a run that goes on must find as it was: the training problems, and the base where it is more than a start."""
+  needs_base = cfg.lora.rank > 0 or cfg.loss.kl_coef != 0
+  return {"data.source": data.digest} | ({"model.path": model.identity["fingerprint"][:16]} if needs_base else {})
 
 
 def _reference_params(cfg: Config, model: assemble.Model, learner: Learner) -> Any:

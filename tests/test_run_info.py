@@ -91,6 +91,20 @@ def test_breaking_changes_are_refused_together_unless_they_are_named():
   assert changes.lines() == [] and changes.at(3) == []
 
 
+def test_other_contents_under_the_same_setting_are_refused():
+  cfg = config.Config(data=config.DataConfig(source="a.jsonl", n_eval=5))
+  saved = config.to_json_dict(config.Config(data=config.DataConfig(source="a.jsonl", n_eval=3)))
+  changes = run_info.Changes(cfg, {"data.source": "22"})
+  for known in ({}, {"data.source": "22"}, {"model.path": "1"}):
+    changes.check(saved, known)
+    assert [c.name for c in changes.found] == ["data.n_eval"] and not changes.found[0].breaking
+  with pytest.raises(ValueError, match=r"config.data.source='a.jsonl \(contents 22\)' \(was 'a.jsonl \(contents 11\)'\)"
+                                       r".*allow_changes=data.source.*data.n_eval=5 \(was 3\) would be harmless"):
+    changes.check(saved, {"data.source": "11"})
+  allowed = dataclasses.replace(cfg, checkpoint=config.CheckpointConfig(allow_changes=("data.source",)))
+  run_info.Changes(allowed, {"data.source": "22"}).check(saved, {"data.source": "11"})
+
+
 def test_changes_are_recorded_once_and_stay(tmp_path, mesh):
   rows = run_info.Changes(config.Config(seed=4, checkpoint=config.CheckpointConfig(allow_changes=("all",))))
   rows.check(config.to_json_dict(config.Config()))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hbpo_jax import config, flags, sft, train
+from hbpo_jax.learning.learner import Learner
 from tests.system import runs
 
 WIDE = {"mesh.data": 8}  # for the eight devices of the tests
@@ -83,6 +84,26 @@ def test_settings_that_train_would_refuse_are_refused_before(tmp_path, trained, 
     flags.run(train.main, name="train", argv=[
         "--config=smoke", f"--workdir={tmp_path}", "--config.mesh.data=8", "--config.optimizer.warmup_updates=1000"])
   assert "config.optimizer.warmup_updates=1000" in capsys.readouterr().err and not trained
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"lora__rank": 2, "lora__targets": ("q_prj",)}, "'q_prj', which is no projection"),
+    ({"rollout__length_buckets": (2,)}, "rollout.length_buckets"),
+    ({"sft__rows": 12, "learner__pack": False}, r"sft.rows=12 does not divide over mesh.data x mesh.fsdp = 8"),
+])
+def test_settings_that_only_a_model_shows_to_be_wrong_are_refused_before(tmp_path, monkeypatch, change, said):
+  monkeypatch.setattr(Learner, "sft_update", lambda *_: pytest.fail("an update was made"))
+  with pytest.raises(ValueError, match=said):
+    sft.with_model(settings(**change), tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"rollout__count_prefix_tokens": False}, {"eval__max_new_tokens": 99}])
+def test_the_new_model_is_long_enough(change):
+  cfg = settings(**change)
+  model, tokenizer = sft.new_model(cfg)
+  n_opening = len(tokenizer(cfg.prompt.budget_sentence.format(budget=8))["input_ids"])
+  longest = cfg.reward.max_response_tokens + n_opening * (not cfg.rollout.count_prefix_tokens)
+  assert model.arch.max_context == cfg.data.max_prompt_tokens + max(longest, cfg.eval.max_new_tokens)
 
 
 # For real.

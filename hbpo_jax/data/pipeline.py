@@ -1,6 +1,7 @@
 """The endless stream of training batches: a Grain pipeline over the problems, exactly resumable."""
 
 from collections.abc import Callable, Iterator, Sequence
+import hashlib
 from typing import Any
 
 import grain.python as grain
@@ -20,6 +21,7 @@ class Pipeline:
 
   problems: the problems that are kept, in the order given.
   n_dropped: problems left out because their prompt is longer than data.max_prompt_tokens.
+  digest: of `problems`, their answers included; the iterator's state means the same only where it is the same.
   """
 
   def __init__(
@@ -44,6 +46,7 @@ class Pipeline:
       raise ValueError(f"process_index={process_index} must lie in 0..{process_count - 1}.")
     kept, self.n_dropped = keep_short(problems, builder, cfg.data.max_prompt_tokens)
     self.problems = [p for p, _ in kept]
+    self.digest = _digest(self.problems)
     self._builder = builder
     self._prefix = builder.training_prefix(cfg.rollout.budgets)
     self._max_prompt_tokens = cfg.data.max_prompt_tokens
@@ -65,6 +68,13 @@ class Pipeline:
     tokens = [t for _, t in batch]
     return problems, self._builder.batch(
         tokens, self._prefix, self._max_prompt_tokens, first_query=self._first_query)
+
+
+def _digest(problems: Sequence[Problem]) -> str:
+  whole = hashlib.sha256()
+  for p in problems:
+    whole.update(repr((p.id, p.problem, p.answer, p.answers)).encode())
+  return whole.hexdigest()[:16]
 
 
 def keep_short(

@@ -19,6 +19,9 @@ SAY = "say:"  # opens a mode that is any text
 
 # What a template's own expressions raise: it is a small program that came with the checkpoint.
 _TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+# Some templates ask for the date (Llama 3.2), and a run must have the same prompts whenever it is started again. This
+# is the day that those of Llama 3 take where they know no other.
+_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 _EMPTY_THOUGHT = re.compile(rf"{THINK_OPEN}\s*{THINK_CLOSE}\s*\Z")
 
 
@@ -57,6 +60,8 @@ class PromptBuilder:
     self.eos_ids = eos_ids(tokenizer, checkpoint_dir or cfg.model.path)
     self._own_eos = _int(tokenizer.eos_token_id)
     self._tokenizer = tokenizer
+    template = tokenizer.get_chat_template()
+    self._template = _FIXED_DATE + template if "strftime_now" in template else template
     self._cfg = cfg.prompt
 
   def render(self, problem: str) -> str:
@@ -74,7 +79,7 @@ class PromptBuilder:
     try:
       # Templates without the switch ignore enable_thinking.
       text = str(self._tokenizer.apply_chat_template(
-          messages, tokenize=False, add_generation_prompt=True, enable_thinking=True))
+          messages, chat_template=self._template, tokenize=False, add_generation_prompt=True, enable_thinking=True))
     except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
       remedy = "set prompt.system='' if it takes no system message" if self._cfg.system else "mend the template"
       raise ValueError(f"The chat template refuses the prompt ({error}); {remedy}.") from error

@@ -53,7 +53,7 @@ def policy_loss(
   logp_RC = batch_logps(params, arch, cfg, batch, temperature, shards=shards, kernel=kernel)
   sums = loss.policy_sums(
       logp_RC, batch.logp_old_RC, batch.advantage_RC, batch.completion_mask_RC, cfg=cfg.loss,
-      logp_ref_RC=batch.logp_ref_RC, logp_sampler_RC=batch.logp_sampler_RC)
+      logp_ref_RC=batch.logp_ref_RC, logp_sampler_RC=batch.logp_sampler_RC, forced_RC=batch.forced_RC)
   return sums.loss / n_tokens, sums
 
 
@@ -372,7 +372,8 @@ class Learner:
     return batch.replace(
         logp_ref_RC=batch.logp_ref_RC if cfg.kl_coef != 0 else None,
         logp_sampler_RC=batch.logp_sampler_RC
-        if batch.logp_old_RC is None or cfg.importance_cap is not None else None)
+        if batch.logp_old_RC is None or cfg.importance_cap is not None else None,
+        forced_RC=batch.forced_RC if cfg.importance_cap is not None else None)
 
   def _init_opt_traced(self, params):
     return self._tx.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))

@@ -34,7 +34,7 @@ def pack(
       predicts a response's first, is each response's own.
     prefix_weights: as in `structs.make_batch`.
   Returns:
-    (a Batch of NumPy arrays with P = 1, rows in order of minibatch; logp_sampler_RC is set, logp_old_RC is not; the
+    (a Batch of NumPy arrays with P = 1, rows in order of minibatch, all set but logp_old_RC and logp_ref_RC; the
     share of real tokens in the micro-batches that are not empty).
   """
   B, G, J = rollouts.n_tokens_BGJ.shape
@@ -147,6 +147,7 @@ class _Columns:
   has_loss: np.ndarray
   advantage: np.ndarray
   logp_sampler: np.ndarray
+  forced: np.ndarray
   context: np.ndarray | None
 
   @classmethod
@@ -155,7 +156,7 @@ class _Columns:
     of = lambda kind: np.zeros(shape, kind)
     return cls(
         tokens=of(np.int32), segment=of(np.int32), position=of(np.int32), has_loss=of(bool), advantage=of(np.float32),
-        logp_sampler=of(np.float32), context=of(np.int32) if share_prompts else None)
+        logp_sampler=of(np.float32), forced=of(bool), context=of(np.int32) if share_prompts else None)
 
   def write(
       self, row: int, prompts: Prompts, rollouts: Rollouts, advantage_BGJ: np.ndarray,
@@ -176,8 +177,10 @@ class _Columns:
         end = self._tokens(row, start, rollouts.response(b, g, j), number, n_prompt, context)
         self.has_loss[row, start:end] = rollouts.completion_mask[g][b, j, :n_tokens]
         self.advantage[row, start:end] = advantage_BGJ[b, g, j]
+        forced = slice(start, min(start + int(prompts.n_prefix_G[g]), end))
+        self.forced[row, forced] = True
         if forced_BG is not None:
-          self.advantage[row, start:start + int(prompts.n_prefix_G[g])] = forced_BG[b, g]
+          self.advantage[row, forced] = forced_BG[b, g]
         self.logp_sampler[row, start:end] = rollouts.logp_sampler[g][b, j, :n_tokens]
         start = end
 
@@ -196,4 +199,4 @@ class _Columns:
     """With P = 1: the first column of a row is no one's target."""
     return Batch(
         self.tokens, self.segment, self.position, self.has_loss[:, 1:], context_RT=self.context,
-        advantage_RC=self.advantage[:, 1:], logp_sampler_RC=self.logp_sampler[:, 1:])
+        advantage_RC=self.advantage[:, 1:], logp_sampler_RC=self.logp_sampler[:, 1:], forced_RC=self.forced[:, 1:])

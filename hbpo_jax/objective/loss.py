@@ -115,6 +115,7 @@ def policy_sums(
     cfg: LossConfig,
     logp_ref_RC: jax.Array | None = None,
     logp_sampler_RC: jax.Array | None = None,
+    forced_RC: jax.Array | None = None,
 ) -> LossSums:
   """Sums of the clipped policy loss and its metrics over the tokens of `mask_RC`.
 
@@ -125,6 +126,9 @@ def policy_sums(
       w      = min(exp(logp_old - logp_sampler), importance_cap)  constant, 1 if importance_cap is None
       loss   = policy + kl_coef * kl
       k1 = -d,  k2 = d^2 / 2,  k3 = exp(d) - d - 1                with d = logp_ref - logp
+
+  Forced tokens, which nobody drew, have w = 1. They have a kl like all others, which holds a sentence to the
+  probability that the reference gives it, but estimates no divergence there.
 
   Log-ratios are clamped to +-20 before exp. The gradient is taken of the estimate itself: k1's vanishes in
   expectation on policy, so it reports a KL but hardly applies one.
@@ -138,6 +142,7 @@ def policy_sums(
     cfg: the loss's settings.
     logp_ref_RC: float32 [R, C] of the reference model; needed when kl_coef is not 0.
     logp_sampler_RC: float32 [R, C] of the sampler, for the gap; needed when importance_cap is set.
+    forced_RC: bool [R, C], True = nobody drew this token; None = all were drawn.
   Returns:
     LossSums; all 0 without tokens.
   Raises:
@@ -158,6 +163,7 @@ def policy_sums(
       raise ValueError(f"loss.importance_cap={cfg.importance_cap!r} needs logp_sampler_RC; keep it in the batch.")
     sampler_RC = jnp.where(mask_RC, logp_sampler_RC, 0.0)
     weight_RC = jax.lax.stop_gradient(jnp.minimum(jnp.exp(_clamp(old_RC - sampler_RC)), cfg.importance_cap))
+    weight_RC = weight_RC if forced_RC is None else jnp.where(forced_RC, 1.0, weight_RC)
   policy_RC = -weight_RC * kept_RC * advantage_RC
 
   kl_RC = jnp.zeros_like(logp_RC)

@@ -132,7 +132,8 @@ class Job:
         completion_mask_RC=of(jnp.bool_, C), advantage_RC=of(jnp.float32, advantages) if scored else None,
         logp_old_RC=of(jnp.float32, C) if scored and not own else None,
         logp_ref_RC=of(jnp.float32, C) if scored and loss.kl_coef != 0 else None,
-        logp_sampler_RC=of(jnp.float32, C) if scored and (own or loss.importance_cap is not None) else None)
+        logp_sampler_RC=of(jnp.float32, C) if scored and (own or loss.importance_cap is not None) else None,
+        forced_RC=of(jnp.bool_, C) if scored and loss.importance_cap is not None else None)
 
   def live(self) -> tuple[Any, Any]:
     """(shapes and shardings of the engine's cache at its largest, and of its hidden states)."""

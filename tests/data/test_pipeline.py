@@ -1,6 +1,7 @@
 """The pipeline: coverage per epoch, shards, dropped prompts, exact resumption."""
 
 import collections
+import dataclasses
 import itertools
 import json
 
@@ -43,6 +44,13 @@ def test_batches_hold_the_prompts_of_their_problems(builder, tiny_cfg, train):
     assert prompts.query_B.tolist() == list(range(8))
     for p, row, n in zip(problems, prompts.tokens_BP, prompts.n_prompt_B, strict=True):
       assert row[20 - n:].tolist() == builder.encode(p.problem)
+
+
+def test_the_digest_tells_other_problems(builder, tiny_cfg, train):
+  digest = lambda problems: Pipeline(problems, builder, tiny_cfg).digest
+  assert digest(train) == digest(list(train))
+  other = dataclasses.replace(train[3], answer=train[3].answer + "0", answers=())
+  assert len({digest(train), digest(train[:-1]), digest(train[::-1]), digest([*train[:3], other, *train[4:]])}) == 4
 
 
 def test_every_epoch_is_another_order_of_all_problems(builder, tiny_cfg, train):

@@ -44,6 +44,12 @@ def test_thinking_is_switched_on(make_bpe):
   assert "Answer at once." not in PromptBuilder(make_bpe("thinking_switch"), Config()).render("1 + 1")
 
 
+def test_a_template_that_asks_for_the_date_always_gets_the_same(make_bpe):
+  tokenizer = make_bpe("chatml")
+  tokenizer.chat_template = "Today Date: {{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+  assert PromptBuilder(tokenizer, Config()).render("1 + 1").startswith("Today Date: 26 Jul 2024\n")
+
+
 @pytest.mark.parametrize("template, n_bos", [("llama", 1), ("r1", 1), ("chatml", 0)])
 def test_no_second_bos(make_bpe, template, n_bos):
   tokenizer = make_bpe(template)

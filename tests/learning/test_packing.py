@@ -218,3 +218,8 @@ def test_the_weight_of_a_prefix(share_prompts):
   whole, _ = packing.pack(
       prompts, rollouts, advantage, n_minibatches=1, micro_rows=4, shards=1, share_prompts=share_prompts)
   assert contents(packed) != contents(whole)
+  # Which tokens were forced is known in both layouts; of those that carry loss, they are what the weight changes.
+  for batch in (jax.device_get(plain), packed):
+    assert (batch.forced_RC & batch.completion_mask_RC).sum() == B * J + (rollouts.n_tokens_BGJ[:, 1] > 1).sum()
+  changed = np.where(packed.completion_mask_RC, packed.advantage_RC != whole.advantage_RC, False)
+  assert changed.any() and (packed.forced_RC | ~changed).all()

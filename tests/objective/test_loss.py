@@ -118,6 +118,19 @@ def test_padding_is_never_read(seed):
   assert np.all(np.asarray(gradient)[~x["mask_RC"]] == 0)
 
 
+def test_tokens_that_nobody_drew_are_not_weighed():
+  x = {k: jnp.asarray(v, jnp.float32) for k, v in inputs(1).items()} | {"mask_RC": jnp.asarray(inputs(1)["mask_RC"])}
+  forced_RC = np.zeros(x["mask_RC"].shape, bool)
+  forced_RC[:, :2] = True
+  cfg = LossConfig(importance_cap=1.5)
+  given = sums_of(**x, forced_RC=forced_RC, cfg=cfg)
+  # As if the sampler had drawn those by the trainer's own probabilities.
+  drawn = sums_of(**(x | {"logp_sampler_RC": jnp.where(forced_RC, x["logp_old_RC"], x["logp_sampler_RC"])}), cfg=cfg)
+  np.testing.assert_allclose(given.loss, drawn.loss, rtol=1e-6)
+  np.testing.assert_allclose(given.importance, drawn.importance, rtol=1e-6)
+  assert given.loss != sums_of(**x, cfg=cfg).loss
+
+
 def test_micro_batches_add_up():
   x = inputs(0, R=8)
   cfg = LossConfig(**VARIANTS["everything"])

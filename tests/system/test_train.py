@@ -125,6 +125,9 @@ def test_a_changed_setting_is_refused_on_resume(inputs, uninterrupted, tmp_path,
   overrides = runs.settings(inputs, steps=STEPS) | EIGHT_DEVICES | {"loss.clip_high": 0.3}
   error = refused(overrides, tmp_path / "run", capsys)
   assert "config.loss.clip_high=0.3" in error and "0.28" in error
+  # With other problems held out for evaluation, the same setting stands for other training problems.
+  error = refused(runs.settings(inputs, steps=STEPS) | EIGHT_DEVICES | {"data.n_eval": 2}, tmp_path / "run", capsys)
+  assert "problems.jsonl (contents " in error and "config.data.n_eval=2" in error and "would be harmless" in error
 
 
 def test_one_and_eight_devices_train_alike(inputs, tmp_path):
