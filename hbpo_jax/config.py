@@ -438,10 +438,9 @@ PROFILES: dict[str, dict[str, Any]] = {
         "advantage.intra_coef": 2.0,
         "loss.dual_clip": 3.0,
     },
-    # Chosen on the tuning seed of configs/miniature/study.py. A_intra is left out: never positive, it drags every token
-    # of a failing group down. Being right outweighs being short, a token costs least where a problem needs most, and
-    # overrunning a budget costs much, so that short ways stay in use until they are good. Sentences, which nobody
-    # sampled, are pushed up more than down.
+    # Chosen in the study of docs/miniature.md. A_intra is left out: never positive, it drags every token of a failing
+    # group down. Being right outweighs being short, a token costs least where a problem needs most, and overrunning a
+    # budget costs much, so that short ways stay in use until they are good.
     "hbpo": {
         "reward.curve": "log",
         "reward.beta": 2.0,
@@ -449,7 +448,6 @@ PROFILES: dict[str, dict[str, Any]] = {
         "reward.bonus": 2.0,
         "advantage.intra_coef": 0.0,
         "advantage.std_eps": 2.0,
-        "prompt.prefix_weight_negative": 0.25,
     },
 }
 

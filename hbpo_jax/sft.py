@@ -82,7 +82,8 @@ def with_model(cfg: Config, root: pathlib.Path) -> Config:
 # Settings that decide the weights of a warm start, by dotted prefix.
 DECISIVE = (
     "seed", "sft.", "model.compute_dtype", "model.param_dtype", "data.source", "data.limit", "data.max_prompt_tokens",
-    "data.synthetic.", "prompt.", "rollout.budgets", "reward.max_response_tokens", "optimizer.")
+    "data.synthetic.", "prompt.system", "prompt.instruction", "prompt.budget_sentence", "prompt.openings",
+    "prompt.efficiency_sentence", "rollout.budgets", "reward.max_response_tokens", "optimizer.")
 
 
 def _is_complete(folder: pathlib.Path, cfg: Config) -> bool:

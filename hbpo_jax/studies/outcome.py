@@ -198,7 +198,7 @@ def claims(cells: Cells) -> list[Claim]:
   spread = difference(cells, "hbpo", "cosine", kept_spread)
   collapse = difference(cells, "cosine", "classic", hard)
   cosine_spread = over_seeds(cells, "cosine", kept_spread)
-  four, eight = (difference(cells, a, b, hard) for a, b in (("hbpo", "budgets_2"), ("budgets_8", "hbpo")))
+  four, eight = (difference(cells, a, b, hard) for a, b in (("budgets_4", "budgets_2"), ("budgets_8", "budgets_4")))
   stated = correlation("budget_correlation")
   better, shorter = difference(cells, "hbpo", "paper", accuracy), difference(cells, "hbpo", "paper", tokens)
   target = difference(cells, "hbpo", "cosine", hard)
