@@ -19,13 +19,17 @@ MAX_DEPTH = 32
 
 _CODE = re.compile("|".join([
     r"__|`|==|\$\{|#|;\s*\w+\s+\w+",
-    r"\b(?:import|lambda|return|def|exec|eval)\b|\bfor\s+\w+\s+in\b|\bif\b.*\belse\b",
+    r"(?<!\\)\b(?:import|lambda|return|def|exec|eval)\b|\bfor\s+\w+\s+in\b|\bif\b.*\belse\b",
     r"\\(?:write|input|include|immediate|openout|openin|read|catcode|def|csname|expandafter|loop|newcommand|usepackage)",
     # A call of a named function, a method or an attribute, a quoted number.
-    r"(?<![\\a-zA-Z{])[a-zA-Z_]{3,}\s*\(|\.[a-zA-Z_]{2,}\s*\(|[a-zA-Z_]\w+\.[a-zA-Z_]\w+|[\"']\s*\d|\d\s*[\"']\s*\)",
+    # Of three letters, the built-in ones: abc(a + b) is a product.
+    r"(?<![\\a-zA-Z{])(?:[a-zA-Z_]{4,}|abs|bin|chr|dir|hex|int|len|map|max|min|oct|ord|pow|set|str|sum|zip)\s*\(|"
+    r"\.[a-zA-Z_]{2,}\s*\(|[a-zA-Z_]\w+\.[a-zA-Z_]\w+|[\"']\s*\d|\d\s*[\"']\s*\)",
 ]))
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_INITIALS = re.compile(r"[A-Z]{3,}")
 _ADJACENT = re.compile(r"(?<![_^])\d\s+\d")
-_BASED = re.compile(r"([0-9A-Z][0-9A-Z,]*(?:\.[0-9A-Z]+)?)_(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\d))")
+_BASED = re.compile(r"(-?[0-9A-Z][0-9A-Z,]*(?:\.[0-9A-Z]+)?)_(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\d))")
 _BASE_NAMES = {
     "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
     "ten": "10", "twelve": "12", "sixteen": "16"}
@@ -96,6 +100,8 @@ def _equal(a: Node, b: Node) -> bool:
   if a.kind != "leaf" and b.kind != "leaf" and _named(a) and _named(b):
     return _equal_named(a, b)
   a, b = _unnamed(a), _unnamed(b)
+  if (a.kind == "list") != (b.kind == "list"):
+    a, b = _joined(a), _joined(b)
   if a.kind == b.kind == "leaf":
     return _equal_leaves(a, b)
   a, b = structure.as_interval(a), structure.as_interval(b)
@@ -114,6 +120,12 @@ def _equal(a: Node, b: Node) -> bool:
 def _ungrouped(a: Node, beside: Node) -> Node:
   is_number = beside.kind == "leaf" and structure.is_grouped_number(a.text)
   return Node("leaf", (), a.text.replace(",", "")) if is_number else a
+
+
+def _joined(a: Node) -> Node:
+  """A list that is no list where commas between three digits each belong to numbers: '70,000 dollars'."""
+  joined = structure.read(_THOUSANDS.sub(lambda m: m.group().replace(",", ""), a.text)) if a.kind == "list" else a
+  return a if joined.kind == "list" else joined
 
 
 def _equal_parts(a: Node, b: Node) -> bool:
@@ -210,6 +222,8 @@ def _equal_leaves(a: Node, b: Node) -> bool:
     return True
   if notation.tight(notation.fold_words(given)) == notation.tight(notation.fold_words(true)):
     return True
+  if _INITIALS.fullmatch(given) and _INITIALS.fullmatch(true):
+    return False  # No product: the letters stand in an order.
   x, y = units.split(given), units.split(true)
   x, y = units.split_same(x, y), units.split_same(y, x)
   if (decided := _equal_quantities(x, y)) is not None:
@@ -265,7 +279,7 @@ def _equal_in_base(given: str, true: str) -> bool | None:
 def _based(text: str) -> tuple[str, str] | None:
   text = notation.tight(text)
   if m := _BASED.fullmatch(text):
-    name = notation.words(m[2] or m[3])
+    name = notation.words(m[2] or m[3]).strip("()")
     return m[1].replace(",", "").lstrip("0"), _BASE_NAMES.get(name, name) or "?"
   return (text.lstrip("0"), "") if re.fullmatch(r"[0-9A-Z]+", text) else None
 

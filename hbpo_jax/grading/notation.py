@@ -4,7 +4,9 @@ import re
 
 _UNICODE = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/",
-    "⁄": "/", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ", "√": r"\sqrt ",
+    "⁄": "/", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ",
+    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∠": r"\angle ", "≈": r"\approx ",
+    "\u2011": "-",
     "≤": r"\le ", "≥": r"\ge ",
     "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "∓": r"\mp ",
     "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}",
@@ -22,10 +24,20 @@ _TRANSLATE = str.maketrans(_UNICODE)
 _END = r"(?![a-zA-Z])"  # the end of a TeX command
 _UNTEXT = r"\\(?:text|textrm|textnormal|mathrm|mbox|mathop)\s*"
 
+_FONT = r"\\(?:math(?:bf|it|sf|tt|normal)|boldsymbol|bm|text(?:bf|it|sf|tt)|emph|underline)\s*"
+# What TeX takes without braces.
+_ARGUMENT = (
+    r"\d|[a-zA-Z]|\\sqrt\{[^{}]*\}|\\(?:pi|theta|alpha|beta|gamma|delta|lambda|mu|phi|psi|omega|sigma|tau|rho)"
+    r"(?![a-zA-Z])")
+
 # Applied in this order.
 _RULES = [(re.compile(pattern), new) for pattern, new in [
-    # Thousands separators other than a plain comma.
-    (r"(?<=\d)(?:\\[,;:! ]|\{,\}|,\\!|,\\,(?=\d{3}(?!\d))|~| )(?=\d{3}(?!\d))", ","),
+    # What Unicode's root covers: a number or a letter.
+    (r"√\s*(\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}"),
+    (r"√", r"\\sqrt "),
+    # Thousands separators that can be nothing else; a plain comma may also separate two numbers.
+    (r"(?<=\d)(?<!,\d{3})(?:\\[,;:! ]|\{,\}|,\s*\\!\s*|~| )(?=\d{3}(?!\d))", ""),
+    (r"(?<=\d)(?:\\[,;:! ]|\{,\}|,\\!|,\\,|~| )(?=\d{3}(?!\d))", ","),
     # Math delimiters and currency.
     (r"\\\$|\$|(?<!\\)\\[()\[\]]", ""),
     (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|boldmath|rm|bf|it)" + _END, " "),
@@ -60,23 +72,28 @@ _RULES = [(re.compile(pattern), new) for pattern, new in [
     (r"\*", r"\\cdot "),
     (r"\\operatorname\*?\s*\{(arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|ln|log|lcm|gcd|max|min)\}", r"\\\1 "),
     # Fonts say nothing.
-    (r"\\(?:math(?:bf|it|sf|tt|normal)|boldsymbol|bm|textbf|textit|emph|underline)\s*\{([^{}]*)\}", r"{\1}"),
+    (_FONT + r"\{((?:[^{}]|\{[^{}]*\})*)\}", r"{\1}"),
     (_UNTEXT + r"\{\s*([ied]|[^a-zA-Z{}\\]*)\s*\}", r"\1"),
     (_UNTEXT + r"\{\s*([+-]?[\d.,]+)\s*([a-zA-Z ]+)\}", r"\1\\text{\2}"),
     (_UNTEXT + r"\{\s*\\?%\s*\}", "%"),
     # Degrees.
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree" + _END, "{DEG}"),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ" + _END + r")|\\degree" + _END, "{DEG}"),
     # Plain-text mathematics: names of functions and constants without their backslash.
-    (r"(?<![\\a-zA-Z{])(sqrt|infinity|infty|pi|arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|ln)(?=[\s({^\\\d]|$)",
+    (r"(?<![\\a-zA-Z{])(sqrt|infinity|infty|pi|arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|ln|exp)" + _END,
      r"\\\1 "),
     (r"\\infinity" + _END, r"\\infty "),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"\\sqrt\s*(\d|[a-zA-Z]|\\pi" + _END + ")", r"\\sqrt{\1}"),
+    (r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\d|[a-zA-Z]|\\pi" + _END + ")", r"\\sqrt\1{\2}"),
+    # 10^-3 and 10^12, whose exponents TeX would end after one sign or digit.
+    (r"\^\s*(-\s*(?:\d+|[a-zA-Z](?![a-zA-Z])))", r"^{\1}"),
+    (r"(?<=10\^)(\d{2,})", r"{\1}"),
     (r"\{([^{}]*)\\choose" + _END + r"([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"\\(frac|binom)\s*(\d|[a-zA-Z])", r"\\\1{\2}"),
-    (r"\\(frac|binom)(\s*\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})\s*(\d|[a-zA-Z])", r"\\\1\2{\3}"),
+    (r"\\(frac|binom)\s*(" + _ARGUMENT + ")", r"\\\1{\2}"),
+    (r"\\(frac|binom)(\s*\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})\s*(" + _ARGUMENT + ")", r"\\\1\2{\3}"),
     (r"\s+", " "),
 ]]
+# Markdown's bold, and a list of words as one text.
+_WHOLE = re.compile(r"\A(?:\*\*([^*]+)\*\*|\\(?:text|mbox|mathrm)\s*\{([^{}\\]*,[^{}\\]*)\})\Z")
 _DEGREES = re.compile(r"\{DEG\}")
 _SEPARATOR_WORD = re.compile(
     r"\s*,?\s*(?:\\(?:text|textrm|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}"
@@ -87,7 +104,7 @@ _TIGHT = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 
 def clean(text: str) -> str:
   """The text with one spelling for what has several; degree signs are gone, separating words are commas."""
-  text = text.translate(_TRANSLATE)
+  text = _WHOLE.sub(lambda m: m[1] or m[2], text.strip()).translate(_TRANSLATE)
   for pattern, new in _RULES:
     text = pattern.sub(new, text)
   text = _DEGREES.sub(" ", text)

@@ -20,6 +20,7 @@ class Number(NamedTuple):
 
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 _DECIMAL = re.compile(_UNSIGNED)
+_SPACED_COMMA = re.compile(r",\s")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\{(\d+)\}")
 _E_NOTATION = re.compile(rf"({_UNSIGNED})[eE]([+-]?\d{{1,4}})")
 _SCIENTIFIC = re.compile(rf"(?:({_UNSIGNED})\\(?:times|cdot))?10\^(?:\{{([+-]?\d{{1,4}})\}}|(\d))")
@@ -35,6 +36,8 @@ def parse(text: str) -> Number | None:
   Integers, decimals, thousands separators, repeating decimals, a/b, \frac{a}{b}, mixed numbers, a \times 10^{n}, 1e-9,
   and powers of integers, each with a sign. A value beyond about 1300 digits is None.
   """
+  if _SPACED_COMMA.search(text):
+    return None  # A list.
   text = tight(strip_group(text))
   sign = 1
   while text[:1] in ("+", "-") and text[1:2] not in ("+", "-"):

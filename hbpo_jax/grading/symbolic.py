@@ -150,6 +150,8 @@ def _compare_values(a: Expr, b: Expr) -> bool | None:
   if len(rank) > len(_VALUES):
     return None
   a, b = a.doit(), b.doit()
+  if symbols and any(x.has(sympy.floor, sympy.ceiling, sympy.Mod) for x in (a, b)):
+    return _compare_steps(a, b, symbols, rank)
   seen: list[bool] = []
   for j, signs in enumerate(_SIGNS if symbols else _SIGNS[:1]):
     point = {s: _VALUES[(rank[s.name] + 3 * j) % len(_VALUES)] * signs[rank[s.name] % 2] for s in symbols}
@@ -161,6 +163,18 @@ def _compare_values(a: Expr, b: Expr) -> bool | None:
     seen.append(same)
   enough = 1 if not symbols else 4
   return True if len(seen) >= enough and all(seen) else None
+
+
+def _compare_steps(a: Expr, b: Expr, symbols: list[Expr], rank: dict[str, int]) -> bool | None:
+  """As `_compare_values`, at whole numbers that follow each other: what is rounded differs at few of them."""
+  seen = []
+  for j in range(30):
+    point = {s: sympy.Integer(40 + 31 * rank[s.name] + j * (1 + 2 * rank[s.name])) for s in symbols}
+    same = _same_value(a.xreplace(point), b.xreplace(point))
+    if same is False:
+      return False
+    seen.append(bool(same))
+  return True if all(seen) else None
 
 
 def _digits(expr: Expr) -> float:

@@ -86,6 +86,33 @@ EQUAL = {
         ("evelyn", r"\text{Evelyn}"), ("YES", "yes"), (r"\text{(C)}", "C"), ("(B)", r"\text{(B)}"),
         (r"\textbf{(B)}", "B"), ("B.", "B"),
         (r"\text{13}", "13"), (r"\mathbf{5}", "5"), ("6:00 PM", "6:00 pm")],
+    "thousands with more": [
+        (r"70,000 \text{ dollars}", "70000"), (r"70{,}000 \text{ dollars}", "70000"), ("$70,000 dollars", "70000"),
+        (r"1,200\text{ cm}^2", "1200"), (r"1,200\%", "1200"), ("x = 1,200", "1200"), (r"2{,}000\pi", r"2000\pi"),
+        (r"1{,}000\frac12", "1000.5"), ("320,000 acres", r"320000 \mbox{ acres}"), ("1000, 2000", "1{,}000, 2{,}000"),
+        (r"1,000\,000", "1000000"), (r"11,\! 111,\! 111", "11111111"),
+        ("100,200", "200, 100"), ("120, 240", "240,120")],
+    "greek": [
+        (r"\lambda = 5", "5"), (r"\frac12\lambda", r"\frac{\lambda}{2}"), (r"\frac\pi6", r"\frac{\pi}{6}"),
+        (r"\frac\pi{12}", r"\frac{\pi}{12}"), (r"-\frac\pi4", r"-\frac{\pi}{4}"), (r"\frac\theta2", r"\theta/2"),
+        (r"2007+\frac{\pi}{2}", r"2007 + \frac\pi 2"), (r"\frac{\sqrt{3}}2", r"\frac{\sqrt3}{2}")],
+    "products": [("abc(a+b+c)", "a^2bc+ab^2c+abc^2"), ("xyz(x+y+z)", "xyz(z+y+x)"), ("mgh(1+k)", "mgh+mghk")],
+    "degrees in braces": [
+        (r"\frac{360^\circ}{n}", r"\frac{360}{n}"), (r"\frac{90^\circ}{2}", "45"), (r"{45^\circ}", "45"),
+        (r"\mathbf{45^\circ}", "45"), (r"45^{\circ}", "45")],
+    "roots in unicode": [("√13", r"\sqrt{13}"), ("2√10", r"2\sqrt{10}"), ("1 ± √19", r"1 \pm \sqrt{19}")],
+    "exponents": [
+        ("10^-3", "0.001"), ("2^-1", "0.5"), ("e^-x", "e^{-x}"), ("x^-1", r"\frac1x"), (r"2\times10^12", "2e12"),
+        ("4.5 x 10^33", "4.5e33"), ("exp(2x)", "e^{2x}")],
+    "plain text": [
+        (r"\sqrt[3]2", r"\sqrt[3]{2}"), (r"3\sqrt[3]4", r"3\sqrt[3]{4}"), ("pi/2", r"\frac{\pi}{2}"),
+        ("2pi/3", r"\frac{2\pi}{3}"), ("25pi-4", r"25\pi-4"), ("x ≈ 5", "5")],
+    "fonts": [
+        (r"\textbf{\text{(C)}}", "C"), (r"\mathbf{\text{C}}", "C"), (r"\texttt{Evelyn}", r"\text{Evelyn}"),
+        ("**C**", "C"), ("A, D, F", r"\text{A, D, F}"), (r"\text{E, H}", r"\text{H, E}")],
+    "steps": [(r"\lfloor\frac{n}{2}\rfloor+1", r"\lfloor\frac{n+2}{2}\rfloor"),
+              (r"\lfloor(n+1)/2\rfloor", r"\lceil n/2\rceil")],
+    "numerals": [("111111_2", "111111_{(2)}"), ("-37_8", "-37_{8}")],
 }
 DIFFERENT = {
     "number": [
@@ -124,6 +151,14 @@ DIFFERENT = {
         ("42 if True else 1", "42"), ("print(42)", "42"),
         ("__import__('os')", "42"), ("(lambda: 42)()", "42"), ("42; touch x", "42"), ("42\x00", "42"),
         ("42\ud800", "42")],
+    "unicode root": [("√19", "9")],
+    "spaced lists": [("1, 200", "1200"), ("100, 200", "100200"), ("27, 720", "27720")],
+    "steps": [
+        (r"\lfloor\frac{2n+1}{5}\rfloor", r"\lfloor\frac{2 n-1}{5}\rfloor"),
+        (r"\lfloor n/5\rfloor", r"\lfloor n/6\rfloor"),
+        (r"\lceil n/2\rceil+1", r"\lfloor n/2\rfloor+2")],
+    "letters in order": [("XSQL", "LQSX"), ("ABC", "ACB")],
+    "sign of a numeral": [("-37_9", "-37_8"), ("37_8", "-37_8")],
     "huge": [
         ("9^{9^{9^9}}", "42"), ("(10^{9})!", "42"), ("10**1000000000", "42"), ("5!!!!!!!!!!", "42"),
         ("7^{10000000}", "42")],
