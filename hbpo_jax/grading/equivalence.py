@@ -27,6 +27,8 @@ _CODE = re.compile("|".join([
     r"\.[a-zA-Z_]{2,}\s*\(|[a-zA-Z_]\w+\.[a-zA-Z_]\w+|[\"']\s*\d|\d\s*[\"']\s*\)",
 ]))
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_APPROXIMATELY = re.compile(r"\A\s*\$?\s*\\approx(?![a-zA-Z])")
+_CLOCK = re.compile(r"0?(\d{1,2}):(\d\d)(?::(\d\d))?\s*(?:([ap])\.?\s?m)?")
 _INITIALS = re.compile(r"[A-Z]{3,}")
 _ADJACENT = re.compile(r"(?<![_^])\d\s+\d")
 _BASED = re.compile(r"(-?[0-9A-Z][0-9A-Z,]*(?:\.[0-9A-Z]+)?)_(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\d))")
@@ -52,6 +54,7 @@ def quick(answer: str, truth: str) -> bool | None:
       text only.
     truth: the true answer, likewise of `MAX_TRUTH`.
   """
+  truth = _unrounded(truth, answer)
   if answer.strip() == truth.strip():
     return True
   if len(answer) > MAX_ANSWER or len(truth) > MAX_TRUTH or not truth.strip():
@@ -72,7 +75,12 @@ def equal(answer: str, truth: str) -> bool:
   verdict = quick(answer, truth)
   if verdict is not None:
     return verdict
-  return _equal(structure.read(notation.clean(answer)), structure.read(notation.clean(truth)))
+  return _equal(structure.read(notation.clean(answer)), structure.read(notation.clean(_unrounded(truth, answer))))
+
+
+def _unrounded(truth: str, answer: str) -> str:
+  """A true answer without the sign in front that it is rounded, unless the given one has it, too."""
+  return truth if _APPROXIMATELY.match(answer) else _APPROXIMATELY.sub("", truth)
 
 
 def is_code(text: str) -> bool:
@@ -91,6 +99,7 @@ def _equal(a: Node, b: Node) -> bool:
   """Whether two answers are equal; `a` was given, `b` is the true one."""
   if notation.tight(a.text) == notation.tight(b.text):
     return True
+  a, b = structure.conditions(a), structure.conditions(b)
   if "leaf" in (a.kind, b.kind) and (structure.is_grouped_number(a.text) or structure.is_grouped_number(b.text)):
     x, y = numbers.parse(units.split(a.text).number), numbers.parse(units.split(b.text).number)
     if x is not None and y is not None:
@@ -222,6 +231,8 @@ def _equal_leaves(a: Node, b: Node) -> bool:
     return True
   if notation.tight(notation.fold_words(given)) == notation.tight(notation.fold_words(true)):
     return True
+  if _same_time(given, true):
+    return True
   if _INITIALS.fullmatch(given) and _INITIALS.fullmatch(true):
     return False  # No product: the letters stand in an order.
   x, y = units.split(given), units.split(true)
@@ -236,6 +247,12 @@ def _equal_leaves(a: Node, b: Node) -> bool:
   if structure.as_interval(Node("leaf", (), given)).kind != structure.as_interval(Node("leaf", (), true)).kind:
     return False
   return units.agree(x.unit, y.unit) and _symbolic(given, true)
+
+
+def _same_time(given: str, true: str) -> bool:
+  """Whether both are one time of the day; which half of it is compared where both say so."""
+  x, y = (_CLOCK.fullmatch(notation.words(text).lower()) for text in (given, true))
+  return bool(x and y and x.groups()[:3] == y.groups()[:3] and (x[4] == y[4] or None in (x[4], y[4])))
 
 
 def _unequated(given: str, true: str) -> tuple[str | None, str]:

@@ -40,6 +40,8 @@ _RULES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)(?:\\[,;:! ]|\{,\}|,\\!|,\\,|~| )(?=\d{3}(?!\d))", ","),
     # Math delimiters and currency.
     (r"\\\$|\$|(?<!\\)\\[()\[\]]", ""),
+    (r"\\(?:text)?color\s*\{[^{}]*\}", " "),
+    (r"\\(?:small|large|Large|LARGE|huge|Huge|checkmark)" + _END, " "),
     (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|boldmath|rm|bf|it)" + _END, " "),
     # Space; the row break of a matrix keeps its two backslashes.
     (r"\\\\\s*\[[^\]]*(?:ex|em|pt)\]", r"\\\\"),

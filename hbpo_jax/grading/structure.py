@@ -60,6 +60,10 @@ def is_grouped_number(text: str) -> bool:
   return bool(_GROUPED.fullmatch(text.strip()))
 
 
+_SET_BUILDER = re.compile(
+    r"\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid(?![a-zA-Z])|\||:)\s*(.+?)\s*\\\}")
+
+
 def as_interval(node: Node) -> Node:
   r"""An inequality in one variable as an interval or a union of them; any other node unchanged.
 
@@ -77,6 +81,17 @@ def as_interval(node: Node) -> Node:
   if len(inside) == 2 and is_variable(inside[0]):
     return as_interval(read(inside[1]))
   return _bounds(node) if node.kind == "leaf" else node
+
+
+def conditions(node: Node) -> Node:
+  r"""The interval or union that '\{x \mid 2 < x < 3\}' describes; any other node unchanged."""
+  builder = _SET_BUILDER.fullmatch(node.text.strip())
+  if builder is None:
+    return node
+  inner = read(builder[2])
+  made = as_interval(inner)
+  own = [variable_of(part) for part in (inner.parts if inner.kind == "list" else (inner,))]
+  return made if made.kind in ("tuple", "union") and set(own) == {builder[1]} else node
 
 
 def is_variable(text: str) -> bool:

@@ -62,7 +62,7 @@ def equal(given: str, true: str) -> bool:
     return False
   if (decimal := _compare_decimal(given, true)) is not None:
     return decimal
-  given, true = _one_case(given, true)
+  given, true = _one_case(*_plain_gamma(given, true))
   a, b = _parse(given), _parse(true)
   if a is None or b is None:
     return False
@@ -102,6 +102,17 @@ def _one_case(given: str, true: str) -> tuple[str, str]:
     return m.group(1) or new.get(m.group(2), m.group(2))
 
   return _LETTER.sub(rename, given), _LETTER.sub(rename, true)
+
+
+def _plain_gamma(given: str, true: str) -> tuple[str, str]:
+  r"""\gamma and \Gamma renamed to free letters in both, but in front of a bracket: math-verify reads functions."""
+  free = [letter for letter in ("\\omega", "\\tau", "\\rho", "\\mu", "\\eta") if letter not in given + true]
+  for name in ("gamma", "Gamma"):
+    pattern = re.compile(rf"\\{name}(?![a-zA-Z])(?!\s*\()")
+    if free and (pattern.search(given) or pattern.search(true)):
+      letter = free.pop().replace("\\", "\\\\") + " "
+      given, true = pattern.sub(letter, given), pattern.sub(letter, true)
+  return given, true
 
 
 def _exact(expr: Expr) -> Expr:

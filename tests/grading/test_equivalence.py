@@ -112,6 +112,16 @@ EQUAL = {
         ("**C**", "C"), ("A, D, F", r"\text{A, D, F}"), (r"\text{E, H}", r"\text{H, E}")],
     "steps": [(r"\lfloor\frac{n}{2}\rfloor+1", r"\lfloor\frac{n+2}{2}\rfloor"),
               (r"\lfloor(n+1)/2\rfloor", r"\lceil n/2\rceil")],
+    "gamma": [(r"\alpha+\gamma", r"\gamma+\alpha"), (r"\gamma+1", r"1+\gamma"), (r"\Gamma+1", r"1 + \Gamma")],
+    "sets by condition": [
+        (r"\{x \mid x \le 0\}", r"(-\infty,0]"), (r"\{x : x\le0\}", r"(-\infty,0]"), ("(2,3)", r"\{x \mid 2 < x < 3\}"),
+        (r"\{x\in\mathbb{R}\mid x\le 0\}", r"(-\infty,0]"), ("2<x<3", r"\{x \mid 2 < x < 3\}"),
+        (r"\{x : 2<x<3\}", r"\{x \mid 2 < x < 3\}")],
+    "times": [
+        (r"3:30 \text{ PM}", "3:30 PM"), ("3:30 p.m.", "3:30 PM"),
+        ("8:34 PM", r"8\!:\!34 \text{ p.m.}"), ("5:00", "05:00")],
+    "rounded truths": [("8.24", r"\approx 8.24 \text{ mph}"), ("5", r"$\approx 5$")],
+    "looks": [(r"\large 5", "5"), (r"\color{blue}5", "5"), (r"\textcolor{red}{5}", "5"), (r"5 \checkmark", "5")],
     "numerals": [("111111_2", "111111_{(2)}"), ("-37_8", "-37_{8}")],
 }
 DIFFERENT = {
@@ -157,6 +167,8 @@ DIFFERENT = {
         (r"\lfloor\frac{2n+1}{5}\rfloor", r"\lfloor\frac{2 n-1}{5}\rfloor"),
         (r"\lfloor n/5\rfloor", r"\lfloor n/6\rfloor"),
         (r"\lceil n/2\rceil+1", r"\lfloor n/2\rfloor+2")],
+    "sets by condition": [(r"\{x \mid x < 0\}", r"(-\infty,0]"), (r"\{x \mid y < 0\}", r"(-\infty,0)")],
+    "times": [("3:30 AM", "3:30 PM"), ("3:35 PM", "3:30 PM")],
     "letters in order": [("XSQL", "LQSX"), ("ABC", "ACB")],
     "sign of a numeral": [("-37_9", "-37_8"), ("37_8", "-37_8")],
     "huge": [
