@@ -36,7 +36,7 @@ _RULES = [(re.compile(pattern), new) for pattern, new in [
     (r"√\s*(\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}"),
     (r"√", r"\\sqrt "),
     # Thousands separators that can be nothing else; a plain comma may also separate two numbers.
-    (r"(?<=\d)(?<!,\d{3})(?:\\[,;:! ]|\{,\}|,\s*\\!\s*|~| )(?=\d{3}(?!\d))", ""),
+    (r"(?<=\d)(?<![^\\],\d{3})(?:\\[,;:! ]|\{,\}|,\s*\\!\s*|~| )(?=\d{3}(?!\d))", ""),
     (r"(?<=\d)(?:\\[,;:! ]|\{,\}|,\\!|,\\,|~| )(?=\d{3}(?!\d))", ","),
     # Math delimiters and currency.
     (r"\\\$|\$|(?<!\\)\\[()\[\]]", ""),
@@ -95,7 +95,9 @@ _RULES = [(re.compile(pattern), new) for pattern, new in [
     (r"\s+", " "),
 ]]
 # Markdown's bold, and a list of words as one text.
-_WHOLE = re.compile(r"\A(?:\*\*([^*]+)\*\*|\\(?:text|mbox|mathrm)\s*\{([^{}\\]*,[^{}\\]*)\})\Z")
+_WHOLE = re.compile(
+    r"\A(?:\*\*([^*]+)\*\*"
+    r"|\\(?:text|mbox|mathrm)\s*\{([^{}\\]*,[^{}\\]*|\s*[^\s{}\\]{1,3}\s+(?:and|or)\s+[^\s{}\\]{1,3}\s*)\})\Z")
 _DEGREES = re.compile(r"\{DEG\}")
 _SEPARATOR_WORD = re.compile(
     r"\s*,?\s*(?:\\(?:text|textrm|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}"

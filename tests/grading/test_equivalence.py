@@ -90,7 +90,7 @@ EQUAL = {
         (r"70,000 \text{ dollars}", "70000"), (r"70{,}000 \text{ dollars}", "70000"), ("$70,000 dollars", "70000"),
         (r"1,200\text{ cm}^2", "1200"), (r"1,200\%", "1200"), ("x = 1,200", "1200"), (r"2{,}000\pi", r"2000\pi"),
         (r"1{,}000\frac12", "1000.5"), ("320,000 acres", r"320000 \mbox{ acres}"), ("1000, 2000", "1{,}000, 2{,}000"),
-        (r"1,000\,000", "1000000"), (r"11,\! 111,\! 111", "11111111"),
+        (r"1,000\,000", "1000000"), (r"1\,234\,567", "1234567"), (r"11,\! 111,\! 111", "11111111"),
         ("100,200", "200, 100"), ("120, 240", "240,120")],
     "greek": [
         (r"\lambda = 5", "5"), (r"\frac12\lambda", r"\frac{\lambda}{2}"), (r"\frac\pi6", r"\frac{\pi}{6}"),
@@ -109,7 +109,8 @@ EQUAL = {
         ("2pi/3", r"\frac{2\pi}{3}"), ("25pi-4", r"25\pi-4"), ("x ≈ 5", "5")],
     "fonts": [
         (r"\textbf{\text{(C)}}", "C"), (r"\mathbf{\text{C}}", "C"), (r"\texttt{Evelyn}", r"\text{Evelyn}"),
-        ("**C**", "C"), ("A, D, F", r"\text{A, D, F}"), (r"\text{E, H}", r"\text{H, E}")],
+        ("**C**", "C"), ("A, D, F", r"\text{A, D, F}"), (r"\text{E, H}", r"\text{H, E}"),
+        (r"\text{B and C}", r"\text{B,C}"), (r"\text{9 and -7}", "9 and -7")],
     "steps": [(r"\lfloor\frac{n}{2}\rfloor+1", r"\lfloor\frac{n+2}{2}\rfloor"),
               (r"\lfloor(n+1)/2\rfloor", r"\lceil n/2\rceil")],
     "gamma": [(r"\alpha+\gamma", r"\gamma+\alpha"), (r"\gamma+1", r"1+\gamma"), (r"\Gamma+1", r"1 + \Gamma")],
