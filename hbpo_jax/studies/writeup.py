@@ -19,7 +19,7 @@ from hbpo_jax.studies import outcome
 from hbpo_jax.studies.outcome import WARM_START, Cells, Estimate, Outcome, say
 
 FORMAT = 1
-DRAWN = ("classic", "cosine", "paper", "released", "hbpo")  # in the figures of dynamics and difficulty
+DRAWN = ("classic", "cosine", "paper", "released", "hbpo")  # in the figures
 _MARGINS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)  # of accuracy, in the table of the best modes
 _PANELS = (("mean_tokens", "tokens per response"), ("accuracy", "accuracy of the rollouts"),
            ("length_spread", "spread of tokens within a query"), ("entropy", "nats per token"))
@@ -76,7 +76,7 @@ def to_markdown(found: Outcome, name: str) -> str:
       "t over them; differences are paired by seed. Natural mode: no budget is given.\n",
       "## What holds\n", _claims(cells).to_markdown(),
       "## All methods\n", _main(cells).to_markdown(),
-      f"![Accuracy against tokens]({name}_pareto.png)\n",
+      f"![Accuracy against tokens: the warm start and the main methods]({name}_pareto.png)\n",
       "## Against the warm start and against cosine\n", _differences(cells).to_markdown(),
       "## Seed by seed\n",
       "Accuracy (%) / accuracy on the hardest third (%) / tokens.\n", _by_seed(cells).to_markdown(),
@@ -245,13 +245,13 @@ def _mean(x: Estimate, factor: float = 1.0) -> str:
 
 
 def _figures(cells: Cells) -> dict[str, Figure]:
-  span = lambda x: None if x.low is None else (x.low, x.high)
+  span = lambda x, most=math.inf: None if x.low is None else (max(x.low, 0.0), min(x.high, most))
   points, curves = [], []
   levels = outcome.levels_of(cells)
   for m in _methods(cells):
     tokens, accuracy = (outcome.over_seeds(cells, m, outcome.natural(f)) for f in ("tokens", "accuracy"))
-    points.append(figures.Point(m, "natural", tokens.value, accuracy.value, span(tokens), span(accuracy)))
     if m in (WARM_START, *DRAWN):
+      points.append(figures.Point(m, "natural", tokens.value, accuracy.value, span(tokens), span(accuracy, 1.0)))
       curves.append(figures.Curve(m, tuple(map(str, levels)), tuple(
           outcome.over_seeds(cells, m, outcome.at_level(k, "tokens")).value for k in levels),
           outcome.over_seeds(cells, m, outcome.natural("level_correlation")).mean))
