@@ -9,6 +9,7 @@ import time
 import pytest
 
 from hbpo_jax.studies import outcome
+from tests.system import runs
 
 CONFIG = """
 from hbpo_jax import flags
@@ -46,18 +47,19 @@ def command(name, *arguments):
 @pytest.mark.slow
 def test_a_study_runs_in_sittings_and_is_written_up(tmp_path):
   run = command("study", f"--study={write_study(tmp_path, 6)}", f"--workdir={tmp_path / 'w'}", "--jobs=1")
-  first = subprocess.run(run, capture_output=True, text=True, check=True)
+  first = subprocess.run(run, capture_output=True, text=True, check=True, env=runs.environment())
   assert "4 cells, 0 done before" in first.stdout and "hbpo/seed_1: accuracy" in first.stdout
   # The second sitting does what is left, to the same numbers.
   path = tmp_path / "w/cells/hbpo/seed_1.json"
   before = json.loads(path.read_text())
   assert before["modes"]["natural"]["n"] == 24 and before["modes"]["8"]["n"] == 12 and before["steps"] == 2
   path.unlink()
-  second = subprocess.run(run, capture_output=True, text=True, check=True)
+  second = subprocess.run(run, capture_output=True, text=True, check=True, env=runs.environment())
   assert "4 cells, 3 done before" in second.stdout
   after = json.loads(path.read_text())
   assert after["modes"] == before["modes"] and after["training"] == before["training"]
-  subprocess.run(command("report", f"miniature={tmp_path / 'w'}", f"--out={tmp_path / 'out'}"), check=True)
+  report = command("report", f"miniature={tmp_path / 'w'}", f"--out={tmp_path / 'out'}")
+  subprocess.run(report, check=True, env=runs.environment())
   page = (tmp_path / "out/miniature.md").read_text()
   assert "| hbpo |" in page and "| warm_start |" in page
   methods = json.loads((tmp_path / "out/miniature.json").read_text())["methods"]
@@ -72,7 +74,7 @@ def test_a_cell_that_is_stopped_ends_without_numbers(tmp_path):
   study = write_study(tmp_path, 100_000)
   process = subprocess.Popen(
       command("studies.cell", study, "warm_start/seed_0", tmp_path / "w"), stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT, text=True)
+      stderr=subprocess.STDOUT, text=True, env=runs.environment())
   for line in process.stdout:
     if line.startswith("update 1 "):
       break
