@@ -200,10 +200,8 @@ class Trainer:
     cfg, clock, learner = self.cfg, Stopwatch(), self.learner
     prompts, rollouts = generated.prompts, generated.rollouts
     shape = rollouts.n_gen_BGJ.shape
-    score_BGJ = np.array([v.score for v in generated.verdicts], np.float32).reshape(shape)
+    score_BGJ = scores(generated.verdicts, rollouts.truncated_BGJ, is_custom=bool(cfg.reward.grader))
     finished_BGJ = np.array([v.finished for v in generated.verdicts]).reshape(shape)
-    if not cfg.reward.grader:  # A grader of the user's own decides itself what a text is worth that is cut off.
-      score_BGJ[rollouts.truncated_BGJ] = 0
 
     # Rewards and advantages within and across budgets, and what the reward remembers for the next step.
     outcome = self._outcome(step, state, generated, score_BGJ, finished_BGJ)
@@ -264,6 +262,19 @@ class Generated:
   ledger: dict[str, float]
   seconds: dict[str, float]
   data_state: dict[str, Any]
+
+
+def scores(verdicts: Sequence[Verdict], truncated_BGJ: np.ndarray, *, is_custom: bool) -> np.ndarray:
+  """float32 [B, G, J], the correctness that is rewarded: 0 for what was cut off, whatever answer stands there.
+
+  Args:
+    verdicts: in (query, budget, rollout) order.
+    truncated_BGJ: bool [B, G, J].
+    is_custom: whether the user's own grader gave them, which decides itself what a text is worth that is cut off.
+  Source: Section 3.1.
+  """
+  score_BGJ = np.array([v.score for v in verdicts], np.float32).reshape(truncated_BGJ.shape)
+  return score_BGJ if is_custom else np.where(truncated_BGJ, np.float32(0), score_BGJ)
 
 
 compute_objective = jax.jit(objective.compute, static_argnames="cfg")

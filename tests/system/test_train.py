@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 from hbpo_jax import flags, train
+from hbpo_jax.grading.verdict import Verdict
 from tests.system import runs
 
 STEPS = 8  # Enough that a run is killed long before its end.
@@ -197,3 +198,10 @@ def test_bad_files_end_with_one_clear_line(inputs, tmp_path, capsys, what, messa
   else:
     problems.write_text(problems.read_text().replace('"answer": "42"', '"reply": "42"'))
   assert message in refused(runs.settings(tmp_path / "in") | EIGHT_DEVICES, tmp_path / "run", capsys)
+
+
+def test_an_answer_in_a_text_that_was_cut_off_earns_nothing():
+  verdicts = [Verdict(1.0, "correct", "5"), Verdict(1.0, "correct", "5"), Verdict(0.0, "wrong", "4")]
+  truncated_BGJ = np.array([[[False, True, True]]])
+  assert train.scores(verdicts, truncated_BGJ, is_custom=False).tolist() == [[[1, 0, 0]]]
+  assert train.scores(verdicts, truncated_BGJ, is_custom=True).tolist() == [[[1, 1, 0]]]
