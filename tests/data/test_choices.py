@@ -19,7 +19,7 @@ TEXTS = ["$10^{-4}$ eV", "the decay is forbidden", "\\frac{3}{2}", "12-10-11-4"]
 # Texts that differ, though the grader takes the second for the first: it drops units, folds words, commutes.
 ALIKE = [
     ("1 \\, \\text{GeV}", "1 \\, \\text{MeV}"), ("6.6 MeV", "6.6 keV"), ("2.0 MeV", "2 GeV"), ("AaBb", "AABb"),
-    ("Fe", "FE"), ("ABCD", "BCAD"), ("2, 4", "4, 2"), ("2 apples", "2 oranges"), ("50 %", "50"), ("A+B", "B+A")]
+    ("Fe", "FE"), ("xyz", "zxy"), ("2, 4", "4, 2"), ("2 apples", "2 oranges"), ("50 %", "50"), ("A+B", "B+A")]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_small_letter_is_accepted_unless_it_is_another_choice():
 
 def test_the_alike_texts_are_alike_to_the_grader(is_correct):
   """Else the test above would check nothing."""
-  assert all(is_correct([second], [first])[second] for first, second in ALIKE[:-1])
+  assert all(is_correct([second], [first])[second] for first, second in ALIKE)
 
 
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=6, unique=True), st.text(), st.randoms())
