@@ -45,6 +45,16 @@ _NAME = re.compile(
     r"|\\(?:text|mathrm|mbox)\s*\{[^{}0-9]*\}|[a-zA-Z]{3,})"
     r"'*(?:_(?:\w|\{[^{}]*\}))?(?:\^\{?(?:-1|\\prime|\*|')\}?)?(?:\([^()=]*\))?")
 
+# Or a measure of something named: a function of it, its length, its area, its mean.
+_MEASURE = re.compile(
+    r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|gcd|lcm|max|min|det|dim|deg|arg)(?![a-zA-Z])"
+    rf"(?:\s*(?:[a-zA-Z]|\\(?:{_GREEK}|angle|operatorname)(?![a-zA-Z])|\([^()=]*\)|[_^](?:\w|\{{[^{{}}]*\}})))+"
+    r"|m?\s*\\angle\s*(?:[A-Z][_{}0-9'\s]*)+|\\?\|[a-zA-Z_{}\\\s0-9]*\\?\||\[[A-Z]{3,}\]"
+    r"|(?:\\mathbb\s*\{E\}|E|\\Pr)\s*(?:\[[^\[\]()=]*\]|\([^\[\]()=]*\))")
+_FUNCTIONS = re.compile(
+    r"\\(?:frac|sqrt|binom|pi|cdot|times|div|pm|log|ln|exp|(?:arc)?(?:sin|cos|tan|cot|sec|csc)|overline|lfloor|rfloor"
+    r"|lceil|rceil|infty)(?![a-zA-Z])")
+
 
 def quick(answer: str, truth: str) -> bool | None:
   """The verdict where exact text or exact numbers decide it, else None. Cheap: for the parent process.
@@ -109,6 +119,8 @@ def _equal(a: Node, b: Node) -> bool:
   if a.kind != "leaf" and b.kind != "leaf" and _named(a) and _named(b):
     return _equal_named(a, b)
   a, b = _unnamed(a), _unnamed(b)
+  if r"\land" in a.text + b.text:
+    a, b = structure.as_interval(a), structure.as_interval(b)
   if (a.kind == "list") != (b.kind == "list"):
     a, b = _joined(a), _joined(b)
   if a.kind == b.kind == "leaf":
@@ -261,12 +273,47 @@ def _unequated(given: str, true: str) -> tuple[str | None, str]:
   true_name, true_value = _split_equation(true)
   if name and true_name:
     return (value, true_value) if notation.tight(name) == notation.tight(true_name) else (given, true)
-  if true_name:
-    return (given, true) if _EQUALS.search(given) else (given, true_value)
-  if name:
-    return (given, true) if _EQUALS.search(true) else (value, true)
-  # 'x^2 + x = 5' or '3 = 5' is not the answer 5.
-  return (None, true) if _EQUALS.search(given) and not _EQUALS.search(true) else (given, true)
+  true_sides = _sides(true)
+  is_sum = len(true_sides) > 1 and all(_is_closed(part) for _, part in true_sides)  # 1 = 1 says nothing of 2 + 3 = 5.
+  if (len(_sides(given)) > 1) == (len(true_sides) > 1) and not is_sum:
+    return given, true
+  given_value, true_value = _value(given), _value(true)
+  return (None, true) if true_value is None else (given_value, true_value)
+
+
+def _value(text: str) -> str | None:
+  r"""What a chain of equations says that something is: the text itself where it has no '=', None where it says nothing.
+
+  'x = y = 2', '\sin\theta = \frac{1}{2}', '0.56 = 56\%' and '2 + 3 = 5' do; 'x^2 + x = 5' and '3 = 5' do not.
+  """
+  values = _sides(text)
+  while len(values) > 1 and (_NAME.fullmatch(values[0][1]) or _MEASURE.fullmatch(values[0][1])):
+    del values[0]
+  (_, value), *others = values
+  if others and not all(_is_closed(part) for _, part in values):
+    return None
+  for sign, other in others:
+    if sign == "=" and not _equal(structure.read(other), structure.read(value)):
+      return None
+  return value or None
+
+
+def _sides(text: str) -> list[tuple[str, str]]:
+  r"""The parts between the equality signs outside braces, each with the sign before it: not those of \sum_{k=1}."""
+  depth, sides, last, sign = 0, [], 0, ""
+  ends = {m.start(): m for m in _EQUALS.finditer(text)}
+  for i, c in enumerate(text):
+    depth += (c == "{") - (c == "}")
+    if depth == 0 and (m := ends.get(i)):
+      sides.append((sign, text[last:i].strip()))
+      last, sign = m.end(), m.group()
+  return [*sides, (sign, text[last:].strip())]
+
+
+def _is_closed(text: str) -> bool:
+  """Whether a text may be a value without free letters."""
+  number = _FUNCTIONS.sub(" ", units.split(text).number)
+  return bool(re.search(r"\d|\\pi", text)) and not re.search(r"[a-zA-Z]", number)
 
 
 def _equal_quantities(a: units.Quantity, b: units.Quantity) -> bool | None:

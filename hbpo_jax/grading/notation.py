@@ -15,7 +15,8 @@ _UNICODE = {
     "λ": r"\lambda ",
     "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ",
     "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
-    "²": "^{2}", "³": "^{3}", "⁴": "^{4}", "€": "$", "£": "$", "¥": "$", "。": ".", "、": ",", "′": "'", "’": "'",
+    "²": "^{2}", "³": "^{3}", "⁴": "^{4}", "€": "$", "£": "$", "¥": "$", "¢": r"\text{ cents}", "。": ".", "、": ",",
+    "′": "'", "’": "'",
     "“": '"', "”": '"', "⟨": r"\langle ", "⟩": r"\rangle ", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u3000": " ",
     "\u200b": "", "\u2060": "", "\ufeff": "", "\t": " ", "\n": " ", "\r": " ",
 } | {chr(c): chr(c - 0xFEE0) for c in range(0xFF01, 0xFF5F)}
@@ -39,6 +40,7 @@ _RULES = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)(?<![^\\],\d{3})(?:\\[,;:! ]|\{,\}|,\s*\\!\s*|~| )(?=\d{3}(?!\d))", ""),
     (r"(?<=\d)(?:\\[,;:! ]|\{,\}|,\\!|,\\,|~| )(?=\d{3}(?!\d))", ","),
     # Math delimiters and currency.
+    (r"(?<![a-zA-Z])US\s*(?=\\?\$)", ""),
     (r"\\\$|\$|(?<!\\)\\[()\[\]]", ""),
     (r"\\(?:text)?color\s*\{[^{}]*\}", " "),
     (r"\\(?:small|large|Large|LARGE|huge|Huge|checkmark)" + _END, " "),
@@ -79,7 +81,8 @@ _RULES = [(re.compile(pattern), new) for pattern, new in [
     (_UNTEXT + r"\{\s*([+-]?[\d.,]+)\s*([a-zA-Z ]+)\}", r"\1\\text{\2}"),
     (_UNTEXT + r"\{\s*\\?%\s*\}", "%"),
     # Degrees.
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ" + _END + r")|\\degree" + _END, "{DEG}"),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ" + _END + r")|\\degree" + _END + r"|(?<=\d)\^\s*(?:\{\s*o\s*\}|o\b)",
+     "{DEG}"),
     # Plain-text mathematics: names of functions and constants without their backslash.
     (r"(?<![\\a-zA-Z{])(sqrt|infinity|infty|pi|arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|ln|exp)" + _END,
      r"\\\1 "),
@@ -98,25 +101,38 @@ _RULES = [(re.compile(pattern), new) for pattern, new in [
 _WHOLE = re.compile(
     r"\A(?:\*\*([^*]+)\*\*"
     r"|\\(?:text|mbox|mathrm)\s*\{([^{}\\]*,[^{}\\]*|\s*[^\s{}\\]{1,3}\s+(?:and|or)\s+[^\s{}\\]{1,3}\s*)\})\Z")
+_ANSWER_IS = re.compile(
+    r"\A(\\(?:text|mbox|mathrm)\s*\{)?\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is\b\s*:?|\s*[:=])\s*", re.IGNORECASE)
 _DEGREES = re.compile(r"\{DEG\}")
 _SEPARATOR_WORD = re.compile(
     r"\s*,?\s*(?:\\(?:text|textrm|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}"
     r"|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])|\\(?:lor|vee)(?![a-zA-Z]))\s*")
+_INEQUALITY = re.compile(r"<|>|\\[lg]e(?![a-zA-Z])")
+_PART = re.compile(r"[,;]|\b(?:and|or)\b")
 _COMMAND_SPACE = re.compile(r"(\\[a-zA-Z]+)\s+(?![a-zA-Z\s])")
 _TIGHT = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 
 
 def clean(text: str) -> str:
   """The text with one spelling for what has several; degree signs are gone, separating words are commas."""
-  text = _WHOLE.sub(lambda m: m[1] or m[2], text.strip()).translate(_TRANSLATE)
+  text = _ANSWER_IS.sub(r"\1", text.strip())
+  text = _WHOLE.sub(lambda m: m[1] or m[2], text).translate(_TRANSLATE)
   for pattern, new in _RULES:
     text = pattern.sub(new, text)
   text = _DEGREES.sub(" ", text)
-  text = _SEPARATOR_WORD.sub(", ", text)
+  text = _SEPARATOR_WORD.sub(_separator, text)
   text = text.strip()
   while text and text[-1] in ".,;:" and not text.endswith("..."):
     text = text[:-1].rstrip()
   return strip_group(text.removeprefix("=").strip())
+
+
+def _separator(m: re.Match) -> str:
+  r"""A comma for 'and' or 'or', but \land between two inequalities that both hold."""
+  if "and" not in m.group():
+    return ", "
+  before, after = _PART.split(m.string[:m.start()])[-1], _PART.split(m.string[m.end():], maxsplit=1)[0]
+  return r" \land " if _INEQUALITY.search(before) and _INEQUALITY.search(after) else ", "
 
 
 def strip_group(text: str) -> str:

@@ -39,6 +39,7 @@ FAILURES = (
     ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, BasePolynomialError,
     NoConvergence)
 
+_DIFFERENTIAL = re.compile(r"\\i*int(?![a-zA-Z])|\\frac\s*\{\s*d[^{}]*\}\s*\{\s*d|\bd/d")
 _LETTER = re.compile(r"(\\mathbb\s*\{[A-Z]\}|\\[a-zA-Z]+)|([a-zA-Z])")
 
 # Fixed points for the free symbols: symbol k of point j takes entry (k + 3 * j). Unrelated fractions, away from the
@@ -62,7 +63,7 @@ def equal(given: str, true: str) -> bool:
     return False
   if (decimal := _compare_decimal(given, true)) is not None:
     return decimal
-  given, true = _one_case(*_plain_gamma(given, true))
+  given, true = _one_case(*_plain_gamma(*_plain_d(given, true)))
   a, b = _parse(given), _parse(true)
   if a is None or b is None:
     return False
@@ -75,7 +76,9 @@ def equal(given: str, true: str) -> bool:
       decided = None
     if decided is not None:
       return decided
-  return math_verify.verify(b, a, timeout_seconds=0, allow_set_relation_comp=True)
+  if math_verify.verify(b, a, timeout_seconds=0, allow_set_relation_comp=True):
+    return True
+  return isinstance(a, sympy.Eq) and isinstance(b, sympy.Eq) and _proportional(a, b)
 
 
 def _parse(text: str) -> Expr:
@@ -85,6 +88,28 @@ def _parse(text: str) -> Expr:
   if len(found) != 1 or isinstance(found[0], str):
     return None
   return found[0]
+
+
+def _proportional(a: Expr, b: Expr) -> bool:
+  """Whether one equation is the other times a number, as 2x^2 = 8 is x^2 = 4; one that is solved has one form."""
+  if any(side.is_Symbol and not other.free_symbols for e in (a, b) for side, other in (e.args, e.args[::-1])):
+    return False
+  f, g = (_exact(e.lhs) - _exact(e.rhs) for e in (a, b))
+  free: Any = f.free_symbols | g.free_symbols
+  rank = {name: k for k, name in enumerate(sorted({s.name for s in free}))}
+  if not rank or len(rank) > len(_VALUES):
+    return False
+  ratios = []
+  for j in range(len(_SIGNS)):
+    point = {s: _VALUES[(rank[s.name] + 3 * j) % len(_VALUES)] for s in free}
+    try:
+      top, bottom = (_value(x.xreplace(point).doit(), _DIGITS) for x in (f, g))
+    except FAILURES:
+      return False
+    if top is None or bottom is None or abs(top) <= _TOLERANCE or abs(bottom) <= _TOLERANCE:
+      return False
+    ratios.append(top / bottom)
+  return all(abs(r - ratios[0]) <= _TOLERANCE * abs(ratios[0]) for r in ratios)
 
 
 def _one_case(given: str, true: str) -> tuple[str, str]:
@@ -101,6 +126,18 @@ def _one_case(given: str, true: str) -> tuple[str, str]:
   def rename(m: re.Match) -> str:
     return m.group(1) or new.get(m.group(2), m.group(2))
 
+  return _LETTER.sub(rename, given), _LETTER.sub(rename, true)
+
+
+def _plain_d(given: str, true: str) -> tuple[str, str]:
+  """The letter d renamed in both to a free one where nothing is integrated or derived: cd is a product like dc."""
+  if _DIFFERENTIAL.search(given + true):
+    return given, true
+  used = {m.group(2).lower() for text in (given, true) for m in _LETTER.finditer(text) if m.group(2)}
+  free = [c for c in "abcfghjklmnopqrstuvwxyz" if c not in used]
+  if "d" not in used or not free:
+    return given, true
+  rename = lambda m: free[-1] if m.group(2) == "d" else m.group()
   return _LETTER.sub(rename, given), _LETTER.sub(rename, true)
 
 

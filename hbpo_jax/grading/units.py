@@ -37,11 +37,19 @@ _NO_UNIT = re.compile(
 
 # One way only to read each space: two ways for one of n would make 2^n for the whole.
 _POWER = r"(?:\s*\^\s*\{?\s*-?[0-9]\s*\}?)?"
-_WORDED = rf"\\(?:text|textrm|textnormal|mathrm|mbox|operatorname)\s*\{{[^{{}}0-9]*\}}{_POWER}"
-_TEXT_UNIT = re.compile(rf"(?P<number>.*[0-9)}}\]a-zA-Z])\s*(?P<unit>{_WORDED}(?:(?:\s*(?:/|\\cdot))?\s*{_WORDED})*)")
+_TEXT = (
+    r"\\(?:text|textrm|textnormal|mathrm|mbox|operatorname)\s*"
+    r"\{(?:[^{}0-9^_]|\^(?:-?[0-9]|\{-?[0-9]\})|_\{\\?[a-zA-Z]+\})*\}")
+_SYMBOL = rf"\\(?:Omega|AA)(?![a-zA-Z])|\\mu\s*(?:{_TEXT}|[a-zA-Z](?![a-zA-Z]))"
+_FRACTION = rf"\\frac\s*\{{{_TEXT}{_POWER}\}}\s*\{{{_TEXT}{_POWER}\}}"
+_WORDED = rf"(?:{_TEXT}|{_SYMBOL}|{_FRACTION}){_POWER}"
+_TEXT_UNIT = re.compile(
+    rf"(?P<number>.*[0-9)}}\]a-zA-Z](?<!\\mu))\s*(?P<unit>{_WORDED}(?:(?:\s*(?:/|\\cdot))?\s*{_WORDED})*)")
+_PER_UNIT = re.compile(rf"(?P<number>[^a-zA-Z]*[0-9])\s*/\s*(?P<unit>{_WORDED})")
 _BARE_WORD = rf"(?:{_BARE})(?:e?s)?\b"
 _BARE_UNIT = re.compile(
     rf"(?P<number>.*[0-9)}}])\s*(?P<unit>{_BARE_WORD}(?:(?:\s*(?:/|per))?\s*{_BARE_WORD}|/[a-z]{{1,3}}\b)*{_POWER}"
+    r"|k?m/s(?:\s*\^\s*\{?2\}?)?|m\s*\^\s*\{?[23]\}?"
     r"|(?<=\s)[a-zA-Z]{3,}(?:\s+[a-zA-Z]{3,})?)")
 _PERCENT = re.compile(r"(?P<number>.*[0-9)}])\s*(?:\\?%|\\(?:text|mathrm|mbox)\s*\{\s*per\s?cent\s*\}|per\s?cent)")
 _COMMAND = re.compile(r"\\(?:text|textrm|textnormal|mathrm|mbox|operatorname)")
@@ -51,20 +59,23 @@ def split(text: str) -> Quantity:
   """The quantity in a cleaned text; a text without a unit comes back whole."""
   if m := _PERCENT.fullmatch(text):
     return Quantity(m["number"].strip(), percent=True)
-  m = _TEXT_UNIT.fullmatch(text) or _BARE_UNIT.fullmatch(text)
+  m = _TEXT_UNIT.fullmatch(text) or _PER_UNIT.fullmatch(text) or _BARE_UNIT.fullmatch(text)
   if not m:
     return Quantity(text)
-  unit = re.sub(r"[\s{}^\\]+", " ", _COMMAND.sub(" ", m["unit"])).strip().lower()
+  number = m["number"].strip()
+  while m := _TEXT_UNIT.fullmatch(number):  # The pattern takes the last of '5 \text{ m}^2 \text{s}^{-1}'.
+    number = m["number"].strip()
+  unit = re.sub(r"[\s{}^\\]+", " ", _COMMAND.sub(" ", text.removeprefix(number))).strip().lower()
   scale = unit.split()[0] if unit else ""
   if scale in _SCALES:
-    inner = numbers.parse(m["number"])
+    inner = numbers.parse(number)
     if inner is None:
       return Quantity(text)
     scaled: Fraction = inner.value * 10 ** _SCALES[scale]
     return Quantity(f"\\frac{{{scaled.numerator}}}{{{scaled.denominator}}}", unit.removeprefix(scale).strip())
   if _NO_UNIT.search(unit):
     return Quantity(text)
-  return Quantity(m["number"].strip(), unit)
+  return Quantity(number, unit)
 
 
 def split_same(a: Quantity, b: Quantity) -> Quantity:

@@ -122,6 +122,33 @@ EQUAL = {
         (r"3:30 \text{ PM}", "3:30 PM"), ("3:30 p.m.", "3:30 PM"),
         ("8:34 PM", r"8\!:\!34 \text{ p.m.}"), ("5:00", "05:00")],
     "rounded truths": [("8.24", r"\approx 8.24 \text{ mph}"), ("5", r"$\approx 5$")],
+    "the letter d": [("cd", "dc"), (r"\frac{ad}{b}", r"\frac{da}{b}"), ("(a+b)d", "ad+bd")],
+    "compound units": [
+        (r"9.8\ \mathrm{m/s^2}", "9.8"), (r"60 \frac{\text{miles}}{\text{hour}}", "60"),
+        (r"3\ \mathrm{m\,s^{-2}}", "3"),
+        (r"6.4 \times 10^{16}\ \mathrm{cm^{-3}}", r"6.4 \times 10^{16} \text{ cm}^{-3}"),
+        (r"100\,\text{m}^2/\text{s}", "100"),
+        (r"15000 \text{ kcal m}^{-2} \text{yr}^{-1}", "15000"), (r"5\,\mathrm{N\cdot m}", "5"), (r"10\,\Omega", "10"),
+        (r"25\ \mu m", "25"), (r"10\ \mu\text{m}", "10"),
+        (r"2\,\mathrm{M_{\odot}}", "2"), ("12 m^2", "12"), ("3 m/s", "3"),
+        (r"\$18/\text{day}", "18"), (r"US\$18", r"\$18"), ("5.4¢", r"5.4 \text{ cents}"), ("75^o", r"75^\circ")],
+    "exclusions": [
+        (r"x\ne 1, x\ne 2", r"x\ne 1,2"), (r"(-\infty,1)\cup(1,2)\cup(2,\infty)", r"x\ne 2 \text{ and } x\ne 1"),
+        (r"x \ne \pm2", r"(-\infty,-2)\cup(-2,2)\cup(2,\infty)")],
+    "both hold": [("2<x<3", r"x>2 \text{ and } x<3"), (r"[2,3)", r"x \ge 2 \text{ and } x<3")],
+    "factors of matrices": [
+        (r"\frac{1}{2}\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+        (r"-\begin{pmatrix}1&0\\0&1\end{pmatrix}", r"\begin{pmatrix}-1&0\\0&-1\end{pmatrix}")],
+    "multiples of equations": [("2x^2-20x+18=0", "x^2-10x+9=0"), (r"\frac{x^2}{4}+\frac{y^2}{9}=1", "9x^2+4y^2=36")],
+    "several signs": [(r"\pm 1 \pm i", "1+i, 1-i, -1+i, -1-i"), (r"(\pm3, 2)", "(3,2),(-3,2)")],
+    "chains": [
+        ("0.56", r"0.56 = 56\%"), (r"56\%", r"0.56 = 56\%"), (r"\frac23 \approx 0.67", r"\frac23"), ("2+3=5", "5"),
+        ("x=y=2", "2"), (r"\binom52 = 10", "10"), ("x = 2+3 = 5", "5")],
+    "measures": [
+        (r"\sin\theta=\frac12", r"\frac12"), ("|AB|=5", "5"), (r"\log_2 x=3", "3"), (r"m\angle ABC = 30^\circ", "30"),
+        ("[ABC]=6", "6"), (r"\mathbb{E}[X]=3", "3"), (r"\gcd(a,b)=6", "6"),
+        (r"90^\circ, 90^\circ", r"$\angle B E A_{1}=90$,$\angle A E B_{1}=90$")],
+    "announced": [("The answer is 5", "5"), (r"\text{The final answer is: }5", "5"), ("Answer: 5", "5")],
     "looks": [(r"\large 5", "5"), (r"\color{blue}5", "5"), (r"\textcolor{red}{5}", "5"), (r"5 \checkmark", "5")],
     "numerals": [("111111_2", "111111_{(2)}"), ("-37_8", "-37_{8}")],
 }
@@ -170,6 +197,15 @@ DIFFERENT = {
         (r"\lceil n/2\rceil+1", r"\lfloor n/2\rfloor+2")],
     "sets by condition": [(r"\{x \mid x < 0\}", r"(-\infty,0]"), (r"\{x \mid y < 0\}", r"(-\infty,0)")],
     "times": [("3:30 AM", "3:30 PM"), ("3:35 PM", "3:30 PM")],
+    "compound units": [("12 m^2", "24"), (r"9.8\ \mathrm{m/s^2}", "9.81"), (r"5 \text{ million} \text{ dollars}", "5")],
+    "both hold": [("x<2 or x>3", r"x<2 \text{ and } x>3"), (r"(-\infty,2)\cup(3,\infty)", r"x<2 \text{ and } x>3"),
+                  (r"x\ne 1", r"x\ne 1,2"), (r"x\ne 1,3", r"x\ne 1,2")],
+    "factors of matrices": [
+        (r"2\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+        (r"1+\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}")],
+    "multiples of equations": [("2x^2-20x+19=0", "x^2-10x+9=0"), ("2x=4", "x=2"), ("x(x-2)=0", "x-2=0")],
+    "sides of equations": [("10", "b+c=10"), ("0", "x+y=0"), ("x^y", "y^x=x^y"), ("4", "x^2=4")],
+    "chains": [("2+2=5", "5"), ("1=2", r"0.56 = 56\%"), ("1=1", "2+3=5"), ("2", "1=2"), ("0.57", r"0.56 = 56\%")],
     "letters in order": [("XSQL", "LQSX"), ("ABC", "ACB")],
     "sign of a numeral": [("-37_9", "-37_8"), ("37_8", "-37_8")],
     "huge": [
