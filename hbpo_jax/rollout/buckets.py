@@ -6,7 +6,8 @@ _SHORTEST_LENGTH = 64
 _LENGTHS = 5  # Most doublings between the first length bucket and the longest response.
 _SHORTEST_PROMPT = 32
 _PROMPTS = 3
-_ROWS = 4  # Halvings of the rows as the queue's tail runs out.
+_ROWS = 4  # Most halvings of the rows as the queue's tail runs out.
+_FEWEST_ROWS = 2  # One row costs as much: what it reads is the weights.
 
 
 def segment_steps(longest: int) -> int:
@@ -42,9 +43,9 @@ def prompt_buckets(longest: int) -> tuple[int, ...]:
 
 
 def row_buckets(n_rows: int) -> tuple[int, ...]:
-  """The rows and four halvings of them, descending."""
+  """The rows and up to four halvings of them, not below two, descending."""
   sizes = [n_rows]
-  while len(sizes) <= _ROWS and sizes[-1] > 1:
+  while len(sizes) <= _ROWS and sizes[-1] > _FEWEST_ROWS:
     sizes.append(-(-sizes[-1] // 2))
   return tuple(sizes)
 
