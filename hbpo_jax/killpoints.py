@@ -172,7 +172,8 @@ def _log(fuse: Fuse) -> None:
 def _export(fuse: Fuse) -> None:
   """Before a tensor of the export is written."""
   def around(original, self, *args):
-    fuse.at()
+    with files.naming(self._path):
+      fuse.at()
     return original(self, *args)
 
   _wrap(tensorfile.Writer, "write", around)

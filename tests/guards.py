@@ -128,6 +128,14 @@ GUARDS = (
         "      raise\n",
         "tests/learning/test_checkpoint.py::test_a_full_disk_is_an_error_of_the_disk_wherever_it_is_met"),
     Guard(
+        "between two starts", "train.py",
+        """  return {"data.source": data.digest} | (""", "  return {} | (",
+        "tests/system/test_train.py::test_a_changed_setting_is_refused_on_resume"),
+    Guard(
+        "between two starts", "run_info.py",
+        "    differs = [n for n in self.contents if n in there and there[n] != self.contents[n]]\n",
+        "    differs = []\n", "tests/test_run_info.py::test_other_contents_under_the_same_setting_are_refused"),
+    Guard(
         "the newest checkpoint is cut short", "learning/checkpoint.py",
         """      if found[name] != expected[name]:
         raise DamagedCheckpointError(f"{name} does not match its checksum")

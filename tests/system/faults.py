@@ -129,14 +129,17 @@ def _full(part: str, count: str, code: str) -> None:
 
 
 def _boxed() -> None:
-  """Responses end in a box whose comparison needs a grading worker; tokens stay what they are."""
+  """Responses end in a box whose comparison needs a grading worker, and none counts as cut off; tokens stay."""
+  from hbpo_jax import train
   from hbpo_jax.data import prompts
 
   def decode(self, tokens):
     n = int(sum(map(int, tokens))) % 12
     return f"{n} tokens</think> \\boxed{{\\sqrt{{{n * n}}} + y - y}}"
 
+  scores = train.scores
   prompts.PromptBuilder.decode = decode
+  train.scores = lambda verdicts, truncated_BGJ, **options: scores(verdicts, truncated_BGJ & False, **options)
 
 
 def _workers(count: str, number: str) -> None:

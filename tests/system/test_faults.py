@@ -13,7 +13,7 @@ from tests.system import faults, runs
 STEPS = 6
 SETTINGS = {
     "steps": STEPS, "checkpoint.save_every": 3, "log.digests": True, "data.n_eval": 2, "eval.every": 2,
-    "eval.max_new_tokens": 16, "eval.best_max_tokens": 1000.0}
+    "eval.batch_queries": 1, "eval.max_new_tokens": 16, "eval.best_max_tokens": 1000.0}
 PLAIN = {"data.n_eval": 0, "eval.every": 0}  # Fewer programs, those of the other whole runs.
 KILLS = int(os.environ.get("HBPO_KILLS", "50"))
 
