@@ -261,7 +261,7 @@ def test_nothing_compiles_after_warm_up(run, caplog):
 
 
 def test_warm_up_reports_its_progress_and_compiles_once():
-  eng, seen = make_engine(make_mesh(), cfg=dataclasses.replace(CFG, slots=2, length_buckets=(14,))), []
+  eng, seen = make_engine(make_mesh(), cfg=dataclasses.replace(CFG, slots=4, length_buckets=(14,))), []
   eng.warm_up(lambda done, total: seen.append((done, total)))
   total = len(seen)
   assert seen == [(i + 1, total) for i in range(total)] and total >= 6

@@ -200,7 +200,7 @@ def test_grading_workers_that_die_or_hang_are_replaced(start, tmp_path, number):
   assert hurt.code == 0 and f"{number} to 2 grading workers" in hurt.text, hurt.text
   assert faults.differences(tmp_path / "whole", tmp_path / "run") == []
   rows = runs.rows(tmp_path / "run" / "metrics.jsonl")
-  assert all(0 < row["accuracy"] < 1 and row["timeout"] == 0 for row in rows)
+  assert 0 < sum(row["accuracy"] for row in rows) < len(rows) and all(row["timeout"] == 0 for row in rows)
 
 
 @pytest.mark.slow
