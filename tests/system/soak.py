@@ -1,6 +1,8 @@
 """A run that says every so many steps what it holds: memory, arrays, files, threads, processes, compiled programs.
 
-  python -m tests.system.soak --steps=2000 --every=100 --out=DIR
+  python -m tests.system.soak --steps=2000 --every=100 --out=DIR [--graded]
+
+With --graded the built-in grading takes the place of a function: every response ends in a box that a worker reads.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import pathlib
 import jax
 
 from hbpo_jax import train
-from tests.system import runs
+from tests.system import faults, runs
 
 
 def holdings(n_compiled: int) -> dict[str, int]:
@@ -20,26 +22,30 @@ def holdings(n_compiled: int) -> dict[str, int]:
   gc.collect()
   status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
   children = "".join(p.read_text() for p in pathlib.Path("/proc/self/task").glob("*/children")).split()
+  resident = lambda pid: int(pathlib.Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
   arrays = jax.live_arrays()
   return {
       "rss_kib": int(status["VmRSS"].split()[0]), "threads": int(status["Threads"]), "children": len(children),
-      "files": len(os.listdir("/proc/self/fd")), "arrays": len(arrays), "array_bytes": sum(x.nbytes for x in arrays),
-      "objects": len(gc.get_objects()), "compiled": n_compiled}
+      "children_kib": sum(map(resident, children)), "files": len(os.listdir("/proc/self/fd")), "arrays": len(arrays),
+      "array_bytes": sum(x.nbytes for x in arrays), "objects": len(gc.get_objects()), "compiled": n_compiled}
 
 
-def settings(folder: pathlib.Path, steps: int) -> dict:
+def settings(folder: pathlib.Path, steps: int, graded: bool) -> dict:
   """Of a run that does all that a long one does, as often as there is time for."""
+  grading = {"reward.grader": "", "grading.workers": 2} if graded else {}
   return runs.settings(
       folder, steps=steps, rollout__budgets=(8, 12), rollout__caps=(8, 12), reward__max_response_tokens=16,
       prompt__budget_sentence="{budget}", data__max_prompt_tokens=64, optimizer__learning_rate=1e-4,
       checkpoint__save_every=max(1, steps // 20), log__tensorboard=True, log__samples_every=10, data__n_eval=4,
-      eval__every=max(1, steps // 20), eval__batch_queries=4, eval__max_new_tokens=8)
+      eval__every=max(1, steps // 20), eval__batch_queries=4, eval__max_new_tokens=8) | grading
 
 
-def main(steps: int, every: int, out: pathlib.Path) -> None:
+def main(steps: int, every: int, out: pathlib.Path, graded: bool = False) -> None:
   """Trains in out/run and writes out/holdings.jsonl, a row every so many steps."""
   out.mkdir(parents=True, exist_ok=True)
   runs.make_inputs(out)
+  if graded:
+    faults.install("boxed")
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
       lambda event, duration, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None)
@@ -54,7 +60,7 @@ def main(steps: int, every: int, out: pathlib.Path) -> None:
         file.flush()
 
     train.Trainer._keep = watched
-    train.main(runs.make_config(settings(out, steps)), str(out / "run"))
+    train.main(runs.make_config(settings(out, steps, graded)), str(out / "run"))
 
 
 if __name__ == "__main__":
@@ -62,5 +68,5 @@ if __name__ == "__main__":
   parser.add_argument("--steps", type=int, default=2000)
   parser.add_argument("--every", type=int, default=100)
   parser.add_argument("--out", type=pathlib.Path, required=True)
-  arguments = parser.parse_args()
-  main(arguments.steps, arguments.every, arguments.out)
+  parser.add_argument("--graded", action="store_true")
+  main(**vars(parser.parse_args()))

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 
 import pytest
 
@@ -262,6 +261,20 @@ def test_a_warm_start_that_is_stopped_goes_on(nursery, tmp_path):
   assert loss("cut") == loss("whole") and len(loss("cut")) == 12
 
 
+def _one_of_two_hurt(overrides, workdir, whom, fault):
+  """(Exit codes, outputs) of a training run of two processes, one of which has the fault."""
+  job = {"distributed.coordinator_address": f"127.0.0.1:{runs.free_port()}", "distributed.num_processes": 2}
+  running = []
+  for i in range(2):
+    command = runs.command("train", overrides | job | {"distributed.process_id": i}, workdir)
+    if i == whom:
+      command[2:3] = ["hbpo_jax.killpoints", fault, "train"]
+    running.append(subprocess.Popen(
+        command, env=runs.environment(1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+  texts = [p.communicate(timeout=400)[0] for p in running]
+  return [p.returncode for p in running], texts
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", [0, 1])
 def test_two_processes_stop_together(inputs, tmp_path, whom):
@@ -269,18 +282,8 @@ def test_two_processes_stop_together(inputs, tmp_path, whom):
   overrides = runs.settings(inputs, steps=8, checkpoint__save_every=0, distributed__timeout_s=120)
   overrides |= {"mesh.data": 2, "rollout.slots": 8, "rollout.length_buckets": (48,), "log.digests": True}
   assert [p.returncode for p in runs.run_hosts("train", overrides, tmp_path / "whole", 2, 1)] == [0, 0]
-  job = {"distributed.coordinator_address": f"127.0.0.1:{runs.free_port()}", "distributed.num_processes": 2}
-  running = [subprocess.Popen(
-      runs.command("train", overrides | job | {"distributed.process_id": i}, tmp_path / "run"),
-      env=runs.environment(1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(2)]
-  metrics = tmp_path / "run" / "metrics.jsonl"
-  deadline = time.monotonic() + 300
-  while not (metrics.exists() and metrics.stat().st_size):
-    assert time.monotonic() < deadline and all(p.poll() is None for p in running)
-    time.sleep(0.02)
-  running[whom].terminate()
-  texts = [p.communicate(timeout=300)[0] for p in running]
-  assert [p.returncode for p in running] == [0, 0], texts
+  codes, texts = _one_of_two_hurt(overrides, tmp_path / "run", whom, "rollout:2:0:term")
+  assert codes == [0, 0], texts
   steps = faults.checkpoints(tmp_path / "run")
   assert len(steps) == 1 and 0 < steps[0] < 8 and f"the state after {steps[0]} of 8 steps is saved" in texts[0]
   assert [p.returncode for p in runs.run_hosts("train", overrides, tmp_path / "run", 2, 1)] == [0, 0]
@@ -292,16 +295,8 @@ def test_a_peer_that_dies_ends_the_other_with_its_name_and_the_job_goes_on(input
   overrides = runs.settings(inputs, steps=4, distributed__timeout_s=20) | {
       "mesh.data": 2, "rollout.slots": 8, "rollout.length_buckets": (48,), "log.digests": True}
   assert [p.returncode for p in runs.run_hosts("train", overrides, tmp_path / "whole", 2, 1)] == [0, 0]
-  job = {"distributed.coordinator_address": f"127.0.0.1:{runs.free_port()}", "distributed.num_processes": 2}
-  running = []
-  for i in range(2):
-    command = runs.command("train", overrides | job | {"distributed.process_id": i}, tmp_path / "run")
-    if i == 1:
-      command[2:3] = ["hbpo_jax.killpoints", "update:2:0:kill", "train"]
-    running.append(subprocess.Popen(
-        command, env=runs.environment(1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-  texts = [p.communicate(timeout=400)[0] for p in running]
-  assert running[1].returncode == -signal.SIGKILL and running[0].returncode not in (0, None)
-  assert "process 1 (host" in texts[0] or "task 1" in texts[0].lower() or "gloo" in texts[0].lower(), texts[0]
+  codes, texts = _one_of_two_hurt(overrides, tmp_path / "run", 1, "update:2:0:kill")
+  assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
+  assert "process 1 (host" in texts[0] or "task 1" in texts[0].lower(), texts[0]
   assert [p.returncode for p in runs.run_hosts("train", overrides, tmp_path / "run", 2, 1)] == [0, 0]
   assert faults.differences(tmp_path / "whole", tmp_path / "run") == []

@@ -13,9 +13,10 @@ SETTLED = 5  # Rows after which caches, pools and background threads are what th
 
 
 @pytest.mark.slow
-def test_two_thousand_steps_hold_no_more_than_five_hundred(tmp_path):
+@pytest.mark.parametrize("graded", [[], ["--graded"]], ids=["function", "workers"])
+def test_two_thousand_steps_hold_no_more_than_five_hundred(tmp_path, graded):
   done = subprocess.run(
-      [sys.executable, "-m", "tests.system.soak", f"--steps={STEPS}", f"--every={EVERY}", f"--out={tmp_path}"],
+      [sys.executable, "-m", "tests.system.soak", f"--steps={STEPS}", f"--every={EVERY}", f"--out={tmp_path}", *graded],
       env=runs.environment(), cwd=runs.environment()["PYTHONPATH"], capture_output=True, text=True, timeout=3600)
   assert done.returncode == 0, done.stderr
   rows = runs.rows(tmp_path / "holdings.jsonl")
@@ -27,5 +28,7 @@ def test_two_thousand_steps_hold_no_more_than_five_hundred(tmp_path):
   # Of 1.1 GiB. Measured: 8 MiB more in the 1,100 steps between the two, rising and falling by as much on the way.
   early, late = (statistics.median(row["rss_kib"] for row in part) for part in (settled[:5], settled[-5:]))
   assert late - early < 16 * 1024, f"resident memory: {[row['rss_kib'] for row in rows]}"
+  early, late = (statistics.median(row["children_kib"] for row in part) for part in (settled[:5], settled[-5:]))
+  assert (early > 0) == bool(graded) and late - early < 8 * 1024, f"workers: {[row['children_kib'] for row in rows]}"
   early, late = (statistics.median(row["objects"] for row in part) for part in (settled[:5], settled[-5:]))
   assert late - early < 1000, f"Python objects: {[row['objects'] for row in rows]}"
