@@ -97,10 +97,14 @@ _RULES = [(re.compile(pattern), new) for pattern, new in [
     (r"\\(frac|binom)(\s*\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})\s*(" + _ARGUMENT + ")", r"\\\1\2{\3}"),
     (r"\s+", " "),
 ]]
+# What stands around all of an answer and says nothing.
+_AROUND = re.compile(
+    r"\A\s*(?:\$+|\\\(|\\displaystyle(?![a-zA-Z]))?\s*(.*?)\s*(?:(?<!\\)\$+|\\\))?(?<!\.)\.?\s*\Z", re.DOTALL)
 # Markdown's bold, and a list of words as one text.
+_SHORT = r"(?:\d+|[^\s{}\\]{1,3})"
 _WHOLE = re.compile(
     r"\A(?:\*\*([^*]+)\*\*"
-    r"|\\(?:text|mbox|mathrm)\s*\{([^{}\\]*,[^{}\\]*|\s*[^\s{}\\]{1,3}\s+(?:and|or)\s+[^\s{}\\]{1,3}\s*)\})\Z")
+    rf"|\\(?:text|mbox|mathrm)\s*\{{([^{{}}\\]*,[^{{}}\\]*|\s*{_SHORT}\s+(?:and|or)\s+{_SHORT}\s*)\}})\Z")
 _ANSWER_IS = re.compile(
     r"\A(\\(?:text|mbox|mathrm)\s*\{)?\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is\b\s*:?|\s*[:=])\s*", re.IGNORECASE)
 _DEGREES = re.compile(r"\{DEG\}")
@@ -115,7 +119,7 @@ _TIGHT = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 
 def clean(text: str) -> str:
   """The text with one spelling for what has several; degree signs are gone, separating words are commas."""
-  text = _ANSWER_IS.sub(r"\1", text.strip())
+  text = _ANSWER_IS.sub(r"\1", _AROUND.sub(r"\1", text))
   text = _WHOLE.sub(lambda m: m[1] or m[2], text).translate(_TRANSLATE)
   for pattern, new in _RULES:
     text = pattern.sub(new, text)

@@ -148,6 +148,8 @@ EQUAL = {
         (r"\sin\theta=\frac12", r"\frac12"), ("|AB|=5", "5"), (r"\log_2 x=3", "3"), (r"m\angle ABC = 30^\circ", "30"),
         ("[ABC]=6", "6"), (r"\mathbb{E}[X]=3", "3"), (r"\gcd(a,b)=6", "6"),
         (r"90^\circ, 90^\circ", r"$\angle B E A_{1}=90$,$\angle A E B_{1}=90$")],
+    "around": [(r"$\text{A,B}$", "A, B"), (r"\(\text{B, A}\).", r"\text{A,B}"), (r"\displaystyle \text{A,B}", "A,B"),
+               (r"\text{2002 and 2003}", "2002 and 2003"), (r"5\$", "5"), ("1, 2, ...", r"1, 2, \ldots")],
     "announced": [("The answer is 5", "5"), (r"\text{The final answer is: }5", "5"), ("Answer: 5", "5")],
     "looks": [(r"\large 5", "5"), (r"\color{blue}5", "5"), (r"\textcolor{red}{5}", "5"), (r"5 \checkmark", "5")],
     "numerals": [("111111_2", "111111_{(2)}"), ("-37_8", "-37_{8}")],
