@@ -10,7 +10,8 @@ imported where several processes start, and not above: reports read evaluations 
 """
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import functools
 import json
 import logging
@@ -28,6 +29,7 @@ from hbpo_jax.config import Config, DistributedConfig
 _ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _PREFIX = "hbpo_jax/"
 _SLICE_S = 2.0  # A wait looks this often whether another process has given up.
+_SILENCE_S = 4 * _SLICE_S  # A process that lives shows it within this time.
 _PATIENCE_S = 30.0  # After this long, a wait says for whom it is.
 _GRACE_S = 10.0  # For a process to find out by itself that another has given up.
 _log = logging.getLogger(__name__)
@@ -58,8 +60,9 @@ def on_every_host(main: Callable[[Config, str], None]) -> Callable[[Config, str]
     watch = threading.Thread(target=_watch, args=(over,), daemon=True)
     watch.start()
     try:
-      main(cfg, workdir)
-      barrier("the end of the run")
+      with _naming_the_lost():
+        main(cfg, workdir)
+        barrier("the end of the run")
     except BaseException as error:
       _give_up(error)
       raise
@@ -318,6 +321,41 @@ def _watch(over: threading.Event) -> None:
       i = int(notes[0][0].rpartition("/")[2])
       _say(f"process {i} ({_host(i)}) has ended: {notes[0][1].decode()}")
       os._exit(2)
+
+
+@contextlib.contextmanager
+def _naming_the_lost() -> Iterator[None]:
+  """A context in which an error of the devices, that a lost process is the reason of, says so.
+
+  Raises:
+    ValueError: instead of a RuntimeError, where another process has ended or shows no sign of life.
+  """
+  try:
+    yield
+  except RuntimeError as error:
+    if not (lost := _lost()):
+      raise
+    first_line = str(error).partition("\n")[0]
+    raise ValueError(
+        f"{lost}, and what was computed together with it failed here ({first_line}); see the output there, and start "
+        "the same command again on every host.") from error
+
+
+def _lost() -> str:
+  """Which other process has ended or shows no sign of life, which takes some seconds to see; '' for none."""
+  number = lambda key: int(key.rpartition("/")[2])
+  beats = lambda: {number(key): text for key, text in _Job.client.key_value_dir_get_bytes(f"{_PREFIX}alive/")}
+  try:
+    before = beats()
+    time.sleep(_SILENCE_S)
+    after, notes = beats(), _Job.client.key_value_dir_get_bytes(f"{_PREFIX}gave_up/")
+  except RuntimeError:
+    return f"process 0 ({_host(0)}), which leads the job, is gone"
+  for key, note in notes:
+    return f"process {number(key)} ({_host(number(key))}) has ended: {note.decode()}"
+  silent = [i for i in range(_Job.n_processes) if i != _Job.index and before.get(i) == after.get(i)]
+  who = ", ".join(f"process {i} ({_host(i)})" for i in silent)
+  return f"there is no sign of life of {who}" if silent else ""
 
 
 def _say(text: str) -> None:

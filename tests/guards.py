@@ -117,6 +117,10 @@ GUARDS = (
         "there is no sign of a process at",
         "tests/test_distributed.py::test_a_missing_process_is_named_with_its_host"),
     Guard(
+        "a peer process dies", "distributed.py",
+        "    if not (lost := _lost()):\n", "    if not (lost := ''):\n",
+        "tests/test_distributed.py::test_where_devices_fail_the_process_that_died_is_named"),
+    Guard(
         "a full or read-only disk", "files.py",
         """    if error.errno is not None and error.filename is None:
       error.filename = os.fspath(path)

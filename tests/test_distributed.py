@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from hbpo_jax.grading import Journal
 from tests.system import runs
 
 _PROGRAM = """
-import dataclasses, json, sys, time
+import dataclasses, json, os, signal, sys, time
 from hbpo_jax import distributed
 from hbpo_jax.config import Config, DistributedConfig
 from hbpo_jax.data.record import Problem
@@ -66,6 +67,13 @@ def main(cfg, workdir):
     raise ValueError("this host has no model")
   elif case == "stuck":
     time.sleep(3600)  # As one would be that waits for a device.
+  elif case == "dies" and index == 1:
+    time.sleep(5)  # It has shown that it lives.
+    os.kill(os.getpid(), signal.SIGKILL)
+  elif case in ("dies", "breaks"):
+    time.sleep(7 if case == "dies" else 1)
+    if index == 0:
+      raise RuntimeError("Connection reset by peer\\nwhere")  # As the devices say it.
   elif case == "elsewhere":
     distributed.barrier(f"place {index}")
   elif case == "writer fails":
@@ -142,6 +150,19 @@ def test_one_that_fails_ends_the_other_with_the_reason(case, first, second):
     assert "this host has no model" in lines_0[0]
   if case == "writer fails":
     assert "there is no manifest" in lines_1[0]
+
+
+def test_where_devices_fail_the_process_that_died_is_named():
+  (status_0, lines_0, _), (status_1, _, _) = run_two("dies")
+  assert status_1 == -signal.SIGKILL and status_0 == 2
+  assert lines_0[0].startswith(f"ValueError: there is no sign of life of process 1 (host {os.uname().nodename}), and")
+  assert "failed here (Connection reset by peer); see the output there" in lines_0[0]
+
+
+def test_an_error_of_the_devices_alone_stays_what_it_is():
+  (status_0, lines_0, errors_0), (status_1, lines_1, _) = run_two("breaks")
+  assert status_0 == 1 and lines_0 == [] and "RuntimeError: Connection reset by peer" in errors_0
+  assert status_1 == 2 and "process 0 (host" in lines_1[0] and "has ended: RuntimeError: Connection reset" in lines_1[0]
 
 
 def test_one_that_fails_ends_another_that_waits_for_a_device():
