@@ -22,12 +22,12 @@ def test_two_thousand_steps_hold_no_more_than_five_hundred(tmp_path, graded):
   rows = runs.rows(tmp_path / "holdings.jsonl")
   assert [row["step"] for row in rows] == list(range(EVERY, STEPS + 1, EVERY))
   settled = rows[SETTLED - 1:]
-  for name, slack in {"compiled": 0, "arrays": 0, "array_bytes": 0, "files": 0, "children": 0, "threads": 1}.items():
-    seen = [row[name] for row in settled]  # A thread of a pool comes and goes.
+  for name, slack in {"compiled": 0, "arrays": 0, "array_bytes": 0, "files": 0, "children": 0, "threads": 2}.items():
+    seen = [row[name] for row in settled]  # Threads of pools come and go.
     assert max(seen) - min(seen) <= slack, f"{name}: {[row[name] for row in rows]}"
-  # Of 1.1 GiB. Measured: 8 MiB more in the 1,100 steps between the two, rising and falling by as much on the way.
+  # Of 1.1 GiB. Measured: 2 MiB more in the 1,100 steps between the two, of which 11 checkpoints of Orbax leave 0.4.
   early, late = (statistics.median(row["rss_kib"] for row in part) for part in (settled[:5], settled[-5:]))
-  assert late - early < 16 * 1024, f"resident memory: {[row['rss_kib'] for row in rows]}"
+  assert late - early < 6 * 1024, f"resident memory: {[row['rss_kib'] for row in rows]}"
   early, late = (statistics.median(row["children_kib"] for row in part) for part in (settled[:5], settled[-5:]))
   assert (early > 0) == bool(graded) and late - early < 8 * 1024, f"workers: {[row['children_kib'] for row in rows]}"
   early, late = (statistics.median(row["objects"] for row in part) for part in (settled[:5], settled[-5:]))
