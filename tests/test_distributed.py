@@ -67,13 +67,15 @@ def main(cfg, workdir):
     raise ValueError("this host has no model")
   elif case == "stuck":
     time.sleep(3600)  # As one would be that waits for a device.
-  elif case == "dies" and index == 1:
-    time.sleep(5)  # It has shown that it lives.
-    os.kill(os.getpid(), signal.SIGKILL)
-  elif case in ("dies", "breaks"):
-    time.sleep(7 if case == "dies" else 1)
-    if index == 0:
-      raise RuntimeError("Connection reset by peer\\nwhere")  # As the devices say it.
+  elif case == "dies":
+    pid = distributed.exchange("pid", os.getpid())[1]
+    if index == 1:
+      os.kill(pid, signal.SIGKILL)
+    while open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z":
+      time.sleep(0.1)
+    raise RuntimeError("Connection reset by peer\\nwhere")  # As the devices say it.
+  elif case == "breaks" and index == 0:
+    raise RuntimeError("Connection reset by peer")
   elif case == "elsewhere":
     distributed.barrier(f"place {index}")
   elif case == "writer fails":
