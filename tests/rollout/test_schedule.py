@@ -97,5 +97,5 @@ def test_other_buckets():
   assert [buckets.segment_steps(n) for n in (5, 256, 1024, 4087, 32768)] == [8, 8, 16, 64, 64]
   assert buckets.prompt_buckets(1024) == (128, 256, 512, 1024)
   assert buckets.prompt_buckets(40) == (40,) and buckets.prompt_buckets(100) == (50, 100)
-  assert buckets.row_buckets(64) == (64, 32, 16, 8, 4) and buckets.row_buckets(3) == (3, 2, 1)
+  assert [buckets.row_buckets(n) for n in (64, 16, 3, 2, 1)] == [(64, 32, 16, 8, 4), (16, 8, 4, 2), (3, 2), (2,), (1,)]
   assert [buckets.smallest((4, 8), n) for n in (0, 4, 5, 8)] == [0, 0, 1, 1]
