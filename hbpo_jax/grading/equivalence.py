@@ -186,7 +186,7 @@ def _equal_in_any_order(a: Node, b: Node) -> bool:
 
 def _split_equation(text: str) -> tuple[str, str]:
   """('name', 'value') of 'name = value' where one name stands on the left; else ('', text)."""
-  parts = [p.strip() for p in _EQUALS.split(text)]
+  parts = [part for _, part in _sides(text)]
   if len(parts) == 2 and parts[1] and _NAME.fullmatch(parts[0]):
     return parts[0], parts[1]
   return "", text

@@ -39,7 +39,8 @@ FAILURES = (
     ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, BasePolynomialError,
     NoConvergence)
 
-_DIFFERENTIAL = re.compile(r"\\i*int(?![a-zA-Z])|\\frac\s*\{\s*d[^{}]*\}\s*\{\s*d|\bd/d")
+# Where d is more than a letter: integrals, derivatives, names of environments such as aligned.
+_NOT_PLAIN_D = re.compile(r"\\i*int(?![a-zA-Z])|\\begin(?![a-zA-Z])|\\frac\s*\{\s*d[^{}]*\}\s*\{\s*d|\bd/d")
 _LETTER = re.compile(r"(\\mathbb\s*\{[A-Z]\}|\\[a-zA-Z]+)|([a-zA-Z])")
 
 # Fixed points for the free symbols: symbol k of point j takes entry (k + 3 * j). Unrelated fractions, away from the
@@ -131,7 +132,7 @@ def _one_case(given: str, true: str) -> tuple[str, str]:
 
 def _plain_d(given: str, true: str) -> tuple[str, str]:
   """The letter d renamed in both to a free one where nothing is integrated or derived: cd is a product like dc."""
-  if _DIFFERENTIAL.search(given + true):
+  if _NOT_PLAIN_D.search(given + true):
     return given, true
   used = {m.group(2).lower() for text in (given, true) for m in _LETTER.finditer(text) if m.group(2)}
   free = [c for c in "abcfghjklmnopqrstuvwxyz" if c not in used]

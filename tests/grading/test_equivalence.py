@@ -123,6 +123,7 @@ EQUAL = {
         ("8:34 PM", r"8\!:\!34 \text{ p.m.}"), ("5:00", "05:00")],
     "rounded truths": [("8.24", r"\approx 8.24 \text{ mph}"), ("5", r"$\approx 5$")],
     "the letter d": [("cd", "dc"), (r"\frac{ad}{b}", r"\frac{da}{b}"), ("(a+b)d", "ad+bd")],
+    "names of sums": [(r"S=\sum_{k=1}^n k", r"\frac{n(n+1)}{2}"), (r"\frac{n(n+1)}{2}", r"S = \sum_{k=1}^n k")],
     "compound units": [
         (r"9.8\ \mathrm{m/s^2}", "9.8"), (r"60 \frac{\text{miles}}{\text{hour}}", "60"),
         (r"3\ \mathrm{m\,s^{-2}}", "3"),

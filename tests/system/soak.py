@@ -1,8 +1,9 @@
 """A run that says every so many steps what it holds: memory, arrays, files, threads, processes, compiled programs.
 
-  python -m tests.system.soak --steps=2000 --every=100 --out=DIR [--graded]
+  python -m tests.system.soak --steps=2000 --every=100 --out=DIR [--graded] [--bare]
 
 With --graded the built-in grading takes the place of a function: every response ends in a box that a worker reads.
+With --bare there are steps only, no checkpoint, evaluation or TensorBoard on the way.
 """
 
 import argparse
@@ -35,17 +36,18 @@ def holdings(n_compiled: int) -> dict[str, int]:
       "array_bytes": sum(x.nbytes for x in arrays), "objects": len(gc.get_objects()), "compiled": n_compiled}
 
 
-def settings(folder: pathlib.Path, steps: int, graded: bool) -> dict:
+def settings(folder: pathlib.Path, steps: int, graded: bool, bare: bool) -> dict:
   """Of a run that does all that a long one does, as often as there is time for."""
   grading = {"reward.grader": "", "grading.workers": 2} if graded else {}
+  none = {"log.tensorboard": False, "checkpoint.save_every": 0, "data.n_eval": 0, "eval.every": 0} if bare else {}
   return runs.settings(
       folder, steps=steps, rollout__budgets=(8, 12), rollout__caps=(8, 12), reward__max_response_tokens=16,
       prompt__budget_sentence="{budget}", data__max_prompt_tokens=64, optimizer__learning_rate=1e-4,
       checkpoint__save_every=max(1, steps // 20), log__tensorboard=True, log__samples_every=10, data__n_eval=4,
-      eval__every=max(1, steps // 20), eval__batch_queries=4, eval__max_new_tokens=8) | grading
+      eval__every=max(1, steps // 20), eval__batch_queries=4, eval__max_new_tokens=8) | grading | none
 
 
-def main(steps: int, every: int, out: pathlib.Path, graded: bool = False) -> None:
+def main(steps: int, every: int, out: pathlib.Path, graded: bool, bare: bool) -> None:
   """Trains in out/run and writes out/holdings.jsonl, a row every so many steps."""
   out.mkdir(parents=True, exist_ok=True)
   runs.make_inputs(out)
@@ -65,7 +67,7 @@ def main(steps: int, every: int, out: pathlib.Path, graded: bool = False) -> Non
         file.flush()
 
     train.Trainer._keep = watched
-    train.main(runs.make_config(settings(out, steps, graded)), str(out / "run"))
+    train.main(runs.make_config(settings(out, steps, graded, bare)), str(out / "run"))
 
 
 if __name__ == "__main__":
@@ -74,4 +76,5 @@ if __name__ == "__main__":
   parser.add_argument("--every", type=int, default=100)
   parser.add_argument("--out", type=pathlib.Path, required=True)
   parser.add_argument("--graded", action="store_true")
+  parser.add_argument("--bare", action="store_true")
   main(**vars(parser.parse_args()))
